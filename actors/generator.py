@@ -1,0 +1,297 @@
+"""Sampling responses with vLLM: token ids in, rollouts out, and new weights in between.
+
+Wraps `vllm.LLMEngine` itself rather than `vllm.LLM`, so that each rollout is handed on as soon as it is finished. Knows
+nothing of Ray or of the learner.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from actors.rollout import Prompt, Rollout
+from conf.schema import ConfigError, GeneratorConfig
+
+CPU_KV_CACHE_MIB = 256  # vLLM itself would take most of the machine's memory
+WEIGHT_TRANSFER_BACKEND = "manta"
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response to sample: the `sample`-th of `prompt`, drawn with `seed`."""
+
+    prompt: Prompt
+    sample: int
+    seed: int
+    temperature: float
+    max_new_tokens: int
+
+
+def sampling_seed(run_seed: int, prompt_id: int, sample: int) -> int:
+    """A seed of 63 bits that depends on all three numbers and on nothing else."""
+    state = np.random.SeedSequence((run_seed, prompt_id, sample)).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
+
+
+def configure_environment(device: str) -> None:
+    """Set what vLLM reads from the environment. Must run before vllm is first imported.
+
+    On CPU the engine runs in this process, where weights reach it without a second copy, and is not compiled: that
+    costs half a minute at the start and gains nothing. On a GPU it has its own process, as vLLM intends.
+    """
+    settings = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if device == "cpu" else "1"}
+    if device == "cpu":
+        settings |= {"TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    os.environ.update(settings)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at every start and update are benign here
+
+
+class VLLMGenerator:
+    """Samples from a causal language model with continuous batching.
+
+    Rollouts carry the log-probabilities of the distribution that was sampled from: the whole vocabulary at the
+    request's temperature. Each is drawn with its own seed, so it does not depend on what else is in the batch.
+
+    New weights come in by `init_weight_transfer` once, then `start_weight_update`, `update_weights` and
+    `finish_weight_update` for each version; see actors/weight_receiver.py. From the start of an update until it has
+    been verified, and for ever after a failed one, `generate` refuses to run.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: GeneratorConfig,
+        *,
+        device: str,
+        seed: int,
+        tokenizer: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load the checkpoint `model_path` and start the engine on `device`, "cpu" or "cuda".
+
+        `tokenizer` is the folder or name of another tokenizer than the one at `model_path`.
+        """
+        configure_environment(device)
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            tokenizer or model_path, trust_remote_code=trust_remote_code
+        )
+        self._stop_ids = _stop_token_ids(model_path, self._tokenizer, trust_remote_code=trust_remote_code)
+        from vllm import LLMEngine
+
+        arguments = _engine_args(model_path, config, device=device, seed=seed, trust_remote_code=trust_remote_code)
+        self._engine: Any = LLMEngine.from_engine_args(arguments)
+        self._max_model_len: int = self._engine.model_config.max_model_len
+        self._request_numbers = count()
+        self._refusal: str | None = None
+        self._set_version(0)
+
+    @property
+    def version(self) -> int:
+        """The policy version that the engine holds: 0 is the checkpoint it was started from."""
+        return self._version
+
+    def generate(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
+        """Yield a rollout for each request, as each is finished, in no fixed order.
+
+        Sampling starts with the first `next()`; closing the iterator drops what is unfinished. Raises ValueError for a
+        prompt that leaves no room for a response, RuntimeError after a failed weight update.
+        """
+        self._check_ready()
+        for request in requests:
+            self._check_length(request)
+        return self._sample(requests)
+
+    def _check_ready(self) -> None:
+        if self._refusal is not None:
+            raise RuntimeError(f"this generator cannot sample: {self._refusal}")
+        if self._engine.has_unfinished_requests():
+            raise RuntimeError("this generator is still sampling: exhaust or close the iterator of generate() first")
+
+    def _check_length(self, request: SampleRequest) -> None:
+        length, longest = len(request.prompt.token_ids), self._max_model_len - 1
+        if not 1 <= length <= longest:
+            raise ValueError(
+                f"prompt {request.prompt.id} has {length} tokens; with a context of {self._max_model_len} tokens "
+                f"(generator.max_model_len) a prompt has 1 to {longest}"
+            )
+
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
+        self._check_ready()
+        pending: dict[str, SampleRequest] = {}
+        try:
+            for request in requests:
+                pending[self._add(request)] = request
+            while pending:
+                for output in self._engine.step():
+                    if output.finished:
+                        yield self._rollout(pending.pop(output.request_id), output.outputs[0])
+        finally:
+            if self._engine is not None:
+                self._engine.abort_request(list(pending))
+
+    def _add(self, request: SampleRequest) -> str:
+        from vllm.inputs.engine import tokens_input
+
+        request_id = str(next(self._request_numbers))
+        # The salt keeps keys and values that older weights computed out of the prefix cache.
+        prompt = tokens_input(request.prompt.token_ids.tolist(), cache_salt=f"version-{self._version}")
+        self._engine.add_request(request_id, prompt, _sampling_params(request, self._stop_ids))
+        return request_id
+
+    def _rollout(self, request: SampleRequest, completion: Any) -> Rollout:
+        token_ids = list(completion.token_ids)
+        if not token_ids or completion.finish_reason not in ("stop", "length"):
+            raise RuntimeError(
+                f"vLLM ended prompt {request.prompt.id} with reason {completion.finish_reason!r} "
+                f"after {len(token_ids)} tokens"
+            )
+        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, token_ids, strict=True)]
+        versions = np.full(len(token_ids), self._version, dtype=np.int32)
+        for span in completion.weight_versions or ():
+            versions[span.start : span.end] = int(span.version)
+        return Rollout(
+            prompt=request.prompt,
+            sample=request.sample,
+            response_ids=np.asarray(token_ids, dtype=np.int32),
+            rollout_logprobs=np.asarray(logprobs, dtype=np.float32),
+            response_mask=np.ones(len(token_ids), dtype=np.bool_),
+            policy_versions=versions,
+            finish_reason=completion.finish_reason,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+        )
+
+    def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
+        """Join the learner's weight transport, as `WeightSender.receiver_info` says; blocks until all have joined.
+
+        Raises ValueError naming the first parameter that the sender's manifest lacks, or has in excess, or in another
+        shape or dtype than the model that vLLM built.
+        """
+        self._engine.collective_rpc("init_weight_transfer_engine", args=(dict(info),))
+
+    def start_weight_update(self) -> None:
+        """Make ready for new weights. No request may be running."""
+        self._check_ready()
+        self._refusal = "a weight update has begun and not been finished"
+        with self._failing_for_good():
+            self._engine.collective_rpc("start_weight_update")
+
+    def update_weights(self, info: Mapping[str, Any]) -> None:
+        """Receive and load one whole update, `{"version": int}`; blocks until the sender has sent it."""
+        with self._failing_for_good():
+            self._engine.collective_rpc("update_weights", args=(dict(info),))
+
+    def finish_weight_update(self, version: int) -> None:
+        """Put the received weights in use, verify what the engine now computes with, and take on `version`."""
+        with self._failing_for_good():
+            self._engine.collective_rpc("finish_weight_update")
+            if not self._engine.reset_prefix_cache():
+                raise RuntimeError("vLLM could not reset its prefix cache after a weight update")
+            self._set_version(version)
+        self._refusal = None
+
+    @contextmanager
+    def _failing_for_good(self) -> Iterator[None]:
+        from actors.weights import WeightMismatchError
+
+        try:
+            yield
+        except Exception as error:
+            mismatch = WeightMismatchError.parse(str(error))
+            self._refusal = f"its weight update failed ({mismatch or error})"
+            if mismatch is None or isinstance(error, WeightMismatchError):
+                raise
+            raise mismatch from error  # a worker process can only send its message
+
+    def _set_version(self, version: int) -> None:
+        self._version = version
+        self._engine.set_weight_version(str(version))
+
+    def shutdown(self) -> None:
+        """Stop the engine and its processes. May be called again."""
+        self._refusal = "it has been shut down"
+        if self._engine is not None:
+            self._engine.engine_core.shutdown()
+            self._engine = None
+
+
+def _engine_args(model_path: str, config: GeneratorConfig, *, device: str, seed: int, trust_remote_code: bool) -> Any:
+    from vllm import EngineArgs
+    from vllm.config import WeightTransferConfig
+
+    from actors.weight_receiver import WorkerExtension, register_receiver
+
+    register_receiver()
+    kv_cache_mib = CPU_KV_CACHE_MIB if config.kv_cache_mib is None and device == "cpu" else config.kv_cache_mib
+    return EngineArgs(
+        model=model_path,
+        skip_tokenizer_init=True,
+        trust_remote_code=trust_remote_code,
+        dtype=config.dtype,
+        seed=seed,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel_size=config.tensor_parallel_size,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_memory_bytes=None if kv_cache_mib is None else kv_cache_mib << 20,
+        enforce_eager=config.enforce_eager or device == "cpu",
+        logprobs_mode="processed_logprobs",
+        generation_config="vllm",
+        disable_log_stats=True,
+        weight_transfer_config=WeightTransferConfig(backend=WEIGHT_TRANSFER_BACKEND),
+        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+    )
+
+
+def _sampling_params(request: SampleRequest, stop_ids: Sequence[int]) -> Any:
+    """Every field that shapes the distribution, sent explicitly: no default of the model or of vLLM may change it."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=1,
+        temperature=request.temperature,
+        seed=request.seed,
+        max_tokens=request.max_new_tokens,
+        min_tokens=0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        repetition_penalty=1.0,
+        logit_bias=None,
+        allowed_token_ids=None,
+        bad_words=[],
+        watermarking=False,
+        repetition_detection=None,
+        ignore_eos=False,
+        stop=[],
+        stop_token_ids=list(stop_ids),
+        logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _stop_token_ids(model_path: str, tokenizer: Any, *, trust_remote_code: bool) -> list[int]:
+    """The end-of-text ids that the config, the generation config and the tokenizer of the model name, together."""
+    from transformers import AutoConfig, GenerationConfig
+
+    sources: list[Any] = [AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code), tokenizer]
+    with suppress(OSError):  # a checkpoint need not have one
+        sources.append(GenerationConfig.from_pretrained(model_path))
+    ids: set[int] = set()
+    for source in sources:
+        eos = getattr(source, "eos_token_id", None)
+        ids.update([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    if not ids:
+        raise ConfigError("model.path", model_path, "neither model nor tokenizer has an EOS token: no response can end")
+    return sorted(ids)

@@ -1,0 +1,1 @@
+"""Where Ray lives: placement, groups of processes, weight sync and the driver."""

@@ -1,0 +1,1 @@
+"""Settings: the typed schema, and the YAML groups that say what differs from it."""

@@ -1,0 +1,180 @@
+"""The mathematics of PPO for language models: log-probabilities, KL, token rewards and the two clipped losses.
+
+Pure functions of torch tensors. Every loss and statistic is a sum over tokens; the caller divides by a global count,
+so that no result depends on how a batch was cut into micro-batches and ranks. Shapes: B responses, T response tokens
+(padded), V vocabulary; a mask is True where the policy wrote the token. Nothing here knows of models, ranks or
+configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 10.0  # differences of log-probabilities are clamped to +- this before exp, so that one cannot overflow
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
+    """Return log p(token) under softmax(logits / temperature), in float32.
+
+    The distribution must be the one that was sampled from, so the temperature divides the logits here too.
+
+    Args:
+        logits: [N, V] of any float dtype.
+        token_ids: [N] int64.
+        temperature: the sampling temperature, above 0.
+
+    Returns:
+        [N] float32.
+    """
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
+
+
+def token_entropy(logits: Tensor, *, temperature: float) -> Tensor:
+    """Return the entropy in nats of softmax(logits / temperature): logits [N, V] -> [N] float32."""
+    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
+    """Return a per-token estimate of KL(policy || reference) from tokens that the policy sampled.
+
+    Schulman, "Approximating KL Divergence" (2020), with d = log p - log p_ref:
+    k1 = d (unbiased); k2 = d^2 / 2 (biased, low variance); k3 = exp(-d) - 1 + d (unbiased, never negative).
+    d is clamped to +-MAX_LOG_RATIO inside exp.
+
+    Args:
+        logprobs: [B, T] of the policy.
+        ref_logprobs: [B, T] of the reference.
+        estimator: "k1", "k2" or "k3".
+
+    Returns:
+        [B, T].
+    """
+    difference = logprobs - ref_logprobs
+    match estimator:
+        case "k1":
+            return difference
+        case "k2":
+            return 0.5 * difference.square()
+        case "k3":
+            return torch.exp((-difference).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - 1.0 + difference
+    raise ValueError(f"unknown KL estimator {estimator!r}")
+
+
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+    """Return -kl_coef * kl on every token the policy wrote, plus the score on the last of them.
+
+    Ziegler et al. 2019 (arXiv 1909.08593), equation 2, per token. The score stands on the last written token exactly
+    once, found by position, never by comparing with a pad id.
+
+    Args:
+        scores: [B], one per response.
+        kl: [B, T] per-token KL penalty.
+        mask: [B, T] bool; every row has at least one True.
+        kl_coef: beta of the paper.
+
+    Returns:
+        [B, T], zero where the mask is False.
+    """
+    assert bool(mask.any(-1).all()), "a response has at least one token of the policy"
+    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    rows = torch.arange(mask.shape[0], device=mask.device)
+    rewards[rows, last_position(mask)] += scores.to(rewards.dtype)
+    return rewards
+
+
+def last_position(mask: Tensor) -> Tensor:
+    """Return the index of the last True of each row: [B, T] bool -> [B] int64."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, positions, -1).max(-1).values
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss summed over tokens, with gradient, and detached sums of its statistics by name."""
+
+    loss_sum: Tensor  # scalar
+    stats: Mapping[str, Tensor]  # scalars
+
+
+def clipped_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_eps: float
+) -> LossTerms:
+    """Return the sum over tokens of -min(r A, clip(r, 1 - eps, 1 + eps) A), with r = exp(logprobs - old_logprobs).
+
+    Schulman et al. 2017 (arXiv 1707.06347), equation 7. Statistics, all summed over tokens: `approx_kl`, the k3
+    estimate of KL(old || new), which is (r - 1) - log r; `clipfrac`, tokens whose gradient the clip removed; `ratio`.
+
+    Args:
+        logprobs: [B, T], with gradient.
+        old_logprobs: [B, T], of the policy before the update.
+        advantages: [B, T].
+        mask: [B, T] bool.
+        clip_eps: epsilon of the paper.
+    """
+    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps)
+    with torch.no_grad():
+        stats = {
+            "approx_kl": masked_sum(ratio - 1.0 - log_ratio, mask),
+            "clipfrac": masked_sum((clipped > unclipped).to(ratio.dtype), mask),
+            "ratio": masked_sum(ratio, mask),
+        }
+    return LossTerms(masked_sum(torch.maximum(unclipped, clipped), mask), stats)
+
+
+def clipped_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float
+) -> LossTerms:
+    """Return the sum over tokens of max((v - R)^2, (v_clip - R)^2) / 2, v_clip within +- eps of the old value.
+
+    The value clipping of OpenAI's baselines (Dhariwal et al. 2017, `ppo2`), which the PPO paper leaves out.
+    Statistic: `clipfrac`, tokens where the clipped error is the larger.
+
+    Args:
+        values: [B, T], with gradient.
+        old_values: [B, T], before the update.
+        returns: [B, T], the regression targets.
+        mask: [B, T] bool.
+        value_clip_eps: how far a value may move, in units of the return.
+    """
+    # Not old + clamp(values - old): its rounding would count tokens that are inside the range as clipped.
+    clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)
+    unclipped = (values - returns).square()
+    clipped = (clipped_values - returns).square()
+    with torch.no_grad():
+        moved = (values - old_values).abs() > value_clip_eps  # inside the interval the two differ by rounding alone
+        stats = {"clipfrac": masked_sum((moved & (clipped > unclipped)).to(values.dtype), mask)}
+    return LossTerms(0.5 * masked_sum(torch.maximum(unclipped, clipped), mask), stats)
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the sum where the mask is True, a scalar; what stands elsewhere, NaN included, has no influence."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+@dataclass(frozen=True)
+class KLController:
+    """The coefficient of the KL penalty: fixed, or driven towards a target.
+
+    Adaptive as in Ziegler et al. 2019, section 2.2: error = clip(kl / target - 1, -0.2, 0.2) and
+    coef *= 1 + error * num_rollouts / horizon. `kl` is the mean over rollouts of the KL summed over a response.
+    """
+
+    coef: float
+    target: float | None = None
+    horizon: int = 10_000
+
+    def updated(self, kl: float, *, num_rollouts: int) -> KLController:
+        """Return the controller for the next iteration."""
+        if self.target is None:
+            return self
+        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
+        return KLController(self.coef * (1.0 + error * num_rollouts / self.horizon), self.target, self.horizon)

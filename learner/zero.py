@@ -1,0 +1,201 @@
+"""DeepSpeed ZeRO-3: from settings to its dictionary, engines, and gathering the partitioned parameters.
+
+One gather brings together one layer group (a decoder layer, or the embeddings, or the head), so that no rank holds the
+whole model at once.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actors.weights import Manifest, manifest_of
+from conf.schema import LearnerConfig, OptimizerConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where one process stands in a learner group."""
+
+    rank: int
+    world_size: int
+    address: str  # of rank 0
+    port: int
+
+
+def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:
+    """Enter the process group of the learner ranks: gloo on CPU, NCCL on GPUs. A process can be in one only.
+
+    A collective that waits longer than `timeout_s` raises in every rank that waits.
+    """
+    # Read by DeepSpeed when it is imported; LOCAL_RANK is 0 because each process sees its own device alone.
+    os.environ["DS_ACCELERATOR"] = device
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK="0",
+        MASTER_ADDR=ranks.address,
+        MASTER_PORT=str(ranks.port),
+    )
+    import deepspeed
+    import deepspeed.ops
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # progress bars of every rank, and reports on the new heads
+    transformers.utils.logging.disable_progress_bar()
+    deepspeed.logger.setLevel("WARNING")
+    # DeepSpeed calls collectives under names that torch has begun to replace, thousands of times a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Built with a compiler on first use, for inference alone; it takes a minute and a half and serves nothing here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device == "cpu" else "nccl",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig | None, *, device: str) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; `optimizer` None is for a frozen model.
+
+    `managed_gradient_accumulation` is off: every backward adds to the gradient and step() is the boundary, so the
+    micro-batches of a mini-batch may differ in number and size and still add up exactly.
+    """
+    zero: dict[str, Any] = {"stage": learner.zero_stage, "stage3_gather_16bit_weights_on_model_save": False}
+    if optimizer is not None:
+        zero |= offload("offload_optimizer", learner.offload_optimizer, learner.nvme_path)
+    zero |= offload("offload_param", learner.offload_parameters, learner.nvme_path)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": learner.dtype == "bfloat16"},
+        "steps_per_print": 2**31,
+    }
+    if optimizer is not None:
+        config["gradient_clipping"] = optimizer.max_grad_norm
+        config["optimizer"] = {
+            "type": "AdamW",
+            "params": {
+                "lr": optimizer.lr,
+                "betas": list(optimizer.betas),
+                "eps": optimizer.eps,
+                "weight_decay": optimizer.weight_decay,
+                # DeepSpeed's own kernels are compiled at first use; offloaded states need its CPU kernel all the same.
+                "torch_adam": learner.offload_optimizer == "none",
+            },
+        }
+    return merged(config, learner.deepspeed)
+
+
+def offload(key: str, place: str, nvme_path: str | None) -> dict[str, Any]:
+    """Return the entry of DeepSpeed's zero_optimization that moves states to `place`, empty for "none"."""
+    if place == "none":
+        return {}
+    entry: dict[str, Any] = {"device": place, "pin_memory": torch.cuda.is_available()}
+    return {key: entry | ({"nvme_path": nvme_path} if place == "nvme" else {})}
+
+
+def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `extra` laid over it, dictionaries merged key by key."""
+    result = dict(base)
+    for key, value in extra.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def trained_engine(
+    model: nn.Module, learner: LearnerConfig, optimizer: OptimizerConfig, *, device: str, num_updates: int
+) -> Any:
+    """Return a DeepSpeed engine that trains `model` with AdamW and the named scheduler over `num_updates` steps."""
+    import deepspeed
+    from transformers import get_scheduler
+
+    def scheduler(inner: torch.optim.Optimizer) -> Any:
+        return get_scheduler(
+            optimizer.scheduler,
+            inner,
+            num_warmup_steps=optimizer.warmup_steps,
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=optimizer.scheduler_kwargs or None,
+        )
+
+    if learner.gradient_checkpointing:
+        hugging_face: Any = model.model
+        hugging_face.gradient_checkpointing_enable({"use_reentrant": False})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=deepspeed_config(learner, optimizer, device=device),
+        lr_scheduler=scheduler,
+        dist_init_required=False,
+    )
+    engine.train()
+    return engine
+
+
+def frozen_engine(model: nn.Module, learner: LearnerConfig, *, device: str) -> Any:
+    """Return a DeepSpeed engine that only evaluates `model`, its parameters partitioned over the ranks."""
+    import deepspeed
+
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(
+        model=model, config=deepspeed_config(learner, None, device=device), dist_init_required=False
+    )
+    engine.eval()
+    return engine
+
+
+def finite_grad_norm(engine: Any, name: str) -> float:
+    """Return the norm of the gradient that the last step took, over all ranks and before clipping.
+
+    Raises:
+        FloatingPointError: it is not finite. The step has spoilt the weights of this process; what was exported or sent
+            before it is whole.
+    """
+    norm = float(engine.get_global_grad_norm())
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient of the {name} has norm {norm}; its weights cannot be used any more")
+    return norm
+
+
+def gathered_groups(model: nn.Module, manifest: Manifest) -> Iterator[list[tuple[str, Tensor]]]:
+    """Yield the whole parameters of a partitioned model, one group of the manifest at a time, on every rank.
+
+    A collective: every rank must run it to the end. Tied parameters come once, under their first name. The tensors are
+    copies in the dtype of the manifest and stay valid after the next group is gathered.
+    """
+    import deepspeed
+
+    parameters = dict(model.named_parameters())
+    for group in manifest.groups:
+        members = [parameters[meta.name] for meta in group]
+        with deepspeed.zero.GatheredParameters(members, modifier_rank=None):
+            copies = [
+                (meta.name, parameter.detach().to(meta.torch_dtype, copy=True))
+                for meta, parameter in zip(group, members, strict=True)
+            ]
+        yield copies
+
+
+def full_state(model: nn.Module, *, dtype: str, keep: bool = True) -> dict[str, Tensor]:
+    """Return the whole state dict on the CPU, tied parameters once; empty on a rank that does not keep it.
+
+    A collective: every rank must call it.
+    """
+    state: dict[str, Tensor] = {}
+    for group in gathered_groups(model, manifest_of(model, dtype)):
+        if keep:
+            state |= {name: tensor.cpu() for name, tensor in group}
+    return state

@@ -1,0 +1,272 @@
+"""learner.experience: dealing, cutting, collating, and the chain from rollouts to a loss against slow loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from actors.rollout import Prompt, Rollout, ScoredRollout
+from learner.advantages import gae, mean_and_std, moments, whiten
+from learner.experience import Batch, blank_batch, collate, deal, micro_batches
+from learner.ppo import clipped_policy_loss, kl_penalty, token_logprobs, token_rewards
+
+V = 13  # vocabulary
+
+
+def scored(
+    prompt: list[int], response: list[int], *, mask: list[bool] | None = None, score: float = 0.0
+) -> ScoredRollout:
+    length = len(response)
+    rollout = Rollout(
+        prompt=Prompt(id=0, token_ids=np.array(prompt, np.int32), text="", messages=()),
+        sample=0,
+        response_ids=np.array(response, np.int32),
+        rollout_logprobs=-np.arange(1, length + 1, dtype=np.float32),
+        response_mask=np.array(mask if mask is not None else [True] * length, np.bool_),
+        policy_versions=np.zeros(length, np.int32),
+        finish_reason="stop",
+        text="",
+    )
+    return ScoredRollout(rollout, score)
+
+
+# Dealing to ranks
+
+
+def test_deal_by_hand() -> None:
+    # 5 -> rank 0; 4 -> 1; 3 -> 1 (4 < 5); 3 -> 0 (5 < 7); 2 -> 1 (7 < 8)
+    assert deal([5, 4, 3, 3, 2], mini_batch_size=5, num_ranks=2, seed=0) == [[[0, 3]], [[1, 2, 4]]]
+    assert deal([1, 9], mini_batch_size=2, num_ranks=3, seed=0) == [[[1]], [[0]], [[]]]
+
+
+def lengths_of(count: int) -> list[int]:
+    return [int(n) for n in np.random.default_rng(1).integers(1, 90, count)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
+def test_every_rollout_is_dealt_once_to_the_same_mini_batch_for_any_number_of_ranks(num_ranks: int) -> None:
+    lengths = lengths_of(48)
+    dealt = deal(lengths, mini_batch_size=12, num_ranks=num_ranks, seed=7)
+    assert len(dealt) == num_ranks
+    assert {len(hands) for hands in dealt} == {4}
+    together = [sorted(i for hands in dealt for i in hands[k]) for k in range(4)]
+    assert [len(members) for members in together] == [12] * 4
+    assert sorted(i for members in together for i in members) == list(range(48))
+    alone = deal(lengths, mini_batch_size=12, num_ranks=1, seed=7)[0]
+    assert together == [sorted(members) for members in alone]
+
+
+def test_dealing_balances_tokens() -> None:
+    lengths = lengths_of(64)
+    for hands in zip(*deal(lengths, mini_batch_size=32, num_ranks=4, seed=0), strict=True):
+        loads = [sum(lengths[i] for i in hand) for hand in hands]
+        assert max(loads) - min(loads) <= 0.05 * sum(loads) / 4
+
+
+def test_dealing_depends_on_the_seed_alone() -> None:
+    lengths = lengths_of(32)
+    one, again, other = (deal(lengths, mini_batch_size=8, num_ranks=2, seed=seed) for seed in (3, 3, 4))
+    assert one == again != other
+    mini_batches = [sorted(one[0][k] + one[1][k]) for k in range(4)]
+    assert mini_batches != [list(range(k, k + 8)) for k in range(0, 32, 8)], "the rollouts are shuffled"
+
+
+def test_a_batch_that_does_not_divide_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match=r"\(5, 2\)"):
+        deal([1] * 5, mini_batch_size=2, num_ranks=1, seed=0)
+
+
+# Cutting into micro-batches
+
+
+def test_micro_batches_by_hand() -> None:
+    assert micro_batches([3, 10, 4, 4, 1], max_tokens=12) == [[1], [2, 3, 0], [4]]
+    assert micro_batches([3, 50, 4], max_tokens=12) == [[1], [2, 0]]  # longer than the budget: alone
+    assert micro_batches([50, 50], max_tokens=12) == [[0], [1]]
+    assert micro_batches([], max_tokens=12) == []
+
+
+@pytest.mark.parametrize("max_tokens", [90, 128, 500, 10**6])
+def test_micro_batches_keep_the_budget_and_every_rollout(max_tokens: int) -> None:
+    lengths = lengths_of(60)
+    cut = micro_batches(lengths, max_tokens=max_tokens)
+    assert sorted(i for part in cut for i in part) == list(range(60))
+    padded = [len(part) * max(lengths[i] for i in part) for part in cut]
+    assert max(padded) <= max_tokens
+    for part, following in itertools.pairwise(cut):  # each is filled, and the longest go first
+        assert (len(part) + 1) * max(lengths[i] for i in part) > max_tokens
+        assert min(lengths[i] for i in part) >= max(lengths[i] for i in following)
+
+
+# Collating
+
+
+def test_collate_by_hand() -> None:
+    batch = collate(
+        [scored([5, 6, 7], [8, 9], score=1.5), scored([1], [2, 3, 4], mask=[True, False, True], score=-2.0)], pad_id=12
+    )
+    assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9], [1, 2, 3, 4, 12]]
+    assert batch.response_ids.tolist() == [[8, 9, 12], [2, 3, 4]]
+    assert batch.mask.tolist() == [[True, True, False], [True, False, True]]
+    assert batch.state_index[0, :2].tolist() == [2, 3]
+    assert batch.state_index[1].tolist() == [0, 1, 2]
+    assert batch.rollout_logprobs.tolist() == [[-1, -2, 0], [-1, -2, -3]]
+    assert batch.scores.tolist() == [1.5, -2.0]
+    assert batch.num_response_tokens == 4
+    assert [getattr(batch, f.name).dtype for f in dataclasses.fields(Batch)] == [
+        torch.int64,
+        torch.int64,
+        torch.int64,
+        torch.bool,
+        torch.float32,
+        torch.float32,
+    ]
+
+
+def test_a_state_stands_one_before_its_token() -> None:
+    batch = collate([scored([5, 6, 7], [8, 9]), scored([1], [2, 3, 4])])
+    followed = batch.token_ids.gather(1, (batch.state_index + 1).clamp(max=batch.token_ids.shape[1] - 1))
+    assert torch.equal(followed[batch.mask], batch.response_ids[batch.mask])
+
+
+def test_collate_copies_read_only_arrays() -> None:
+    one = scored([5, 6], [7, 8])
+    for array in (one.rollout.response_ids, one.rollout.rollout_logprobs, one.rollout.response_mask):
+        array.flags.writeable = False  # as they come from an object store
+    batch = collate([one])
+    for tensor in (batch.token_ids, batch.response_ids, batch.mask, batch.rollout_logprobs):
+        tensor.zero_()
+    assert one.rollout.response_ids.tolist() == [7, 8]
+    assert one.rollout.rollout_logprobs.tolist() == [-1, -2]
+    assert one.rollout.response_mask.all()
+
+
+def test_a_prompt_without_tokens_has_no_state_to_answer_from() -> None:
+    with pytest.raises(AssertionError, match="prompt"):
+        collate([scored([], [1, 2])])
+
+
+def test_moving_a_batch_keeps_every_field() -> None:
+    batch = collate([scored([5, 6], [7, 8], score=3.0)])
+    moved = batch.to(torch.device("cpu"))
+    for field in dataclasses.fields(Batch):
+        assert torch.equal(getattr(moved, field.name), getattr(batch, field.name)), field.name
+
+
+def test_a_blank_batch_is_one_valid_token() -> None:
+    blank = blank_batch()
+    assert blank.num_response_tokens == 1
+    assert 0 <= int(blank.state_index.max()) < blank.token_ids.shape[1]
+    shapes = {f.name: getattr(blank, f.name).dtype for f in dataclasses.fields(Batch)}
+    real = collate([scored([1], [2])])
+    assert shapes == {f.name: getattr(real, f.name).dtype for f in dataclasses.fields(Batch)}
+
+
+# From rollouts to a loss. Bigram tables stand for the networks: what they say depends on the last token alone.
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    policy: Tensor  # [V, V]
+    old: Tensor  # [V, V]
+    reference: Tensor  # [V, V]
+    values: Tensor  # [V]
+
+
+def tables() -> Tables:
+    generator = torch.Generator().manual_seed(0)
+    policy, old, reference = (torch.randn(V, V, generator=generator) for _ in range(3))
+    return Tables(old + 0.2 * policy, old, reference, torch.randn(V, generator=generator))
+
+
+def train_batch() -> list[ScoredRollout]:
+    rng = np.random.default_rng(2)
+    rollouts = []
+    for _ in range(24):
+        prompt, response = (rng.integers(0, V, int(rng.integers(1, 9))).tolist() for _ in range(2))
+        mask = [True, *(rng.random(len(response) - 1) < 0.8).tolist()]
+        rollouts.append(scored(prompt, response, mask=mask, score=float(rng.normal())))
+    return rollouts
+
+
+TEMPERATURE, KL_COEF, GAMMA, LAMBDA, CLIP = 0.8, 0.3, 0.97, 0.9, 0.2
+
+
+def packed_loss(
+    net: Tables, rollouts: list[ScoredRollout], *, num_ranks: int, max_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of one mini-batch and the gradient of the policy's table, by the learner's pieces."""
+    policy = net.policy.clone().requires_grad_()
+
+    def logprobs(table: Tensor, batch: Batch) -> Tensor:
+        states = batch.token_ids.gather(1, batch.state_index)
+        return token_logprobs(table[states].flatten(0, 1), batch.response_ids.flatten(), temperature=TEMPERATURE).view(
+            states.shape
+        )
+
+    lengths = [one.rollout.num_tokens for one in rollouts]
+    batches = []
+    for hands in deal(lengths, mini_batch_size=len(rollouts), num_ranks=num_ranks, seed=5):
+        mine = [rollouts[i] for i in hands[0]]
+        cut = micro_batches([one.rollout.num_tokens for one in mine], max_tokens=max_tokens)
+        batches += [collate([mine[i] for i in part]) for part in cut]
+    advantages = []
+    for batch in batches:
+        kl = kl_penalty(logprobs(net.old, batch), logprobs(net.reference, batch), estimator="k1")
+        rewards = token_rewards(batch.scores, kl, batch.mask, kl_coef=KL_COEF)
+        values = net.values[batch.token_ids.gather(1, batch.state_index)]
+        advantages.append(gae(rewards, values, batch.mask, gamma=GAMMA, gae_lambda=LAMBDA)[0])
+    pairs = list(zip(batches, advantages, strict=True))
+    mean, std = mean_and_std(torch.stack([moments(a, b.mask) for b, a in pairs]).sum(0))
+    total = torch.zeros(())
+    for batch, advantage in pairs:
+        white = whiten(advantage, batch.mask, mean=mean, std=std)
+        old = logprobs(net.old, batch)
+        total = total + clipped_policy_loss(logprobs(policy, batch), old, white, batch.mask, clip_eps=CLIP).loss_sum
+    loss = total / sum(batch.num_response_tokens for batch in batches)
+    loss.backward()
+    assert policy.grad is not None
+    return loss.detach(), policy.grad
+
+
+def slow_loss(net: Tables, rollouts: list[ScoredRollout]) -> float:
+    """The same loss, one token at a time in Python floats, without padding."""
+
+    def logprob(table: Tensor, state: int, token: int) -> float:
+        weights = [math.exp(x / TEMPERATURE) for x in table[state].tolist()]
+        return math.log(weights[token] / sum(weights))
+
+    ratios, advantages = [], []
+    for one in rollouts:
+        rollout = one.rollout
+        tokens = [*rollout.prompt.token_ids.tolist(), *rollout.response_ids.tolist()]
+        start = len(rollout.prompt.token_ids)
+        steps = [(tokens[start + t - 1], tokens[start + t]) for t in np.flatnonzero(rollout.response_mask).tolist()]
+        rewards = [-KL_COEF * (logprob(net.old, *s) - logprob(net.reference, *s)) for s in steps]
+        rewards[-1] += one.score
+        values = [net.values[state].item() for state, _ in steps] + [0.0]
+        deltas = [r + GAMMA * values[i + 1] - values[i] for i, r in enumerate(rewards)]
+        for i in range(len(steps)):
+            advantages.append(sum((GAMMA * LAMBDA) ** j * delta for j, delta in enumerate(deltas[i:])))
+        ratios += [math.exp(logprob(net.policy, *s) - logprob(net.old, *s)) for s in steps]
+    white = (np.array(advantages) - np.mean(advantages)) / np.std(advantages)
+    terms = [min(r * a, min(max(r, 1 - CLIP), 1 + CLIP) * a) for r, a in zip(ratios, white.tolist(), strict=True)]
+    return float(-sum(terms) / len(terms))
+
+
+def test_the_loss_of_a_train_batch_does_not_depend_on_ranks_or_micro_batches() -> None:
+    net, rollouts = tables(), train_batch()
+    expected = slow_loss(net, rollouts)
+    whole, gradient = packed_loss(net, rollouts, num_ranks=1, max_tokens=10**6)
+    assert whole.item() == pytest.approx(expected, abs=1e-5)
+    for num_ranks, max_tokens in ((1, 16), (2, 40), (3, 16), (5, 1)):
+        loss, again = packed_loss(net, rollouts, num_ranks=num_ranks, max_tokens=max_tokens)
+        assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
+        torch.testing.assert_close(again, gradient, atol=1e-6, rtol=0)
+    assert gradient.abs().max() > 1e-3

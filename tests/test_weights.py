@@ -1,0 +1,282 @@
+"""Messages, checksums and the wire of a weight update, without any engine."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from actors.weights import (
+    ALIGNMENT,
+    GlooTransport,
+    Manifest,
+    WeightMeta,
+    WeightMismatchError,
+    checksum,
+    manifest_of,
+    message_layout,
+    open_store,
+    pack,
+    unpack,
+)
+from learner.weight_sender import WeightSender
+from tests.tiny_models import FAMILIES, tiny_config
+
+MASK = (1 << 64) - 1
+GROUPS = (
+    (WeightMeta("embed", "float32", (3, 5)), WeightMeta("layers.0.bias", "bfloat16", (7,))),
+    (WeightMeta("scale", "float32", ()),),
+)
+
+
+def slow_checksum(data: bytes) -> int:
+    """SplitMix64 of each little-endian word plus its position times the golden step, summed, in Python integers."""
+    total = 0
+    data += bytes(-len(data) % 8)
+    for index in range(len(data) // 8):
+        word = int.from_bytes(data[8 * index : 8 * index + 8], "little")
+        word = (word + (index + 1) * 0x9E3779B97F4A7C15) & MASK
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
+        total += word ^ (word >> 31)
+    total &= MASK
+    return total - (1 << 64) if total >> 63 else total
+
+
+def some_tensors(seed: int = 0) -> list[list[tuple[str, Tensor]]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        [(meta.name, torch.randn(meta.shape, generator=generator).to(meta.torch_dtype)) for meta in group]
+        for group in GROUPS
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("size", [1, 7, 8, 33])
+def test_checksum_equals_a_slow_loop(dtype: torch.dtype, size: int) -> None:
+    tensor = (torch.randn(size, generator=torch.Generator().manual_seed(size)) * 50).to(dtype)
+    assert checksum(tensor) == slow_checksum(bytes(tensor.view(torch.uint8).tolist()))
+
+
+def test_checksum_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(101, generator=torch.Generator().manual_seed(0))
+    whole = checksum(tensor)
+    monkeypatch.setattr("actors.weights.CHECKSUM_CHUNK", {"cpu": 3})
+    assert checksum(tensor) == whole
+
+
+def test_checksum_of_no_elements_is_zero() -> None:
+    assert checksum(torch.empty(0)) == 0
+
+
+def test_checksum_sees_every_single_bit() -> None:
+    data = torch.randint(0, 256, (29,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    seen = {checksum(data)}
+    for byte in range(29):
+        for bit in range(8):
+            flipped = data.clone()
+            flipped[byte] ^= 1 << bit
+            seen.add(checksum(flipped))
+    assert len(seen) == 1 + 29 * 8
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, -2.0, 4.0, 4.5, -4.0, 0.0, -0.0], list(range(8))])
+def test_checksum_sees_every_swap_of_words_and_of_elements(values: list[float]) -> None:
+    tensor = torch.tensor(values)
+    before = checksum(tensor)
+    for width in (1, 2):  # an element, and a 64-bit word of two
+        units = tensor.view(-1, width)
+        for i in range(len(units)):
+            for j in range(i):
+                swapped = units.clone()
+                swapped[[i, j]] = units[[j, i]]
+                assert (checksum(swapped) == before) == bool(
+                    (units[i].view(torch.int32) == units[j].view(torch.int32)).all()
+                )
+
+
+def test_checksum_sees_a_swap_of_words_that_differ_in_their_highest_bit_only() -> None:
+    words = torch.tensor([[1.0, 2.0], [1.0, -2.0]])
+    assert checksum(words) != checksum(words.flip(0))
+
+
+def test_checksum_reads_a_view_in_row_major_order() -> None:
+    matrix = torch.arange(12.0).view(3, 4)
+    assert checksum(matrix.t()) == checksum(matrix.t().contiguous()) != checksum(matrix)
+
+
+def test_a_mismatch_survives_pickling_and_being_quoted() -> None:
+    error = WeightMismatchError("model.layers.3.mlp.up_proj.weight", "held", "max difference 0.25")
+    quoted = WeightMismatchError.parse(f"Worker failed with error '{error}', please check the stack trace above")
+    for copy in (pickle.loads(pickle.dumps(error)), quoted):
+        assert isinstance(copy, WeightMismatchError)
+        assert str(copy) == str(error) == "model.layers.3.mlp.up_proj.weight: held check failed: max difference 0.25"
+        assert (copy.name, copy.check, copy.detail) == (error.name, error.check, error.detail)
+    assert WeightMismatchError.parse("connection closed by peer") is None
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_unpack_gives_back_what_pack_took(group: tuple[WeightMeta, ...]) -> None:
+    tensors = [torch.randn(meta.shape).to(meta.torch_dtype) for meta in group]
+    message = pack(group, tensors)
+    for meta, sent, received in zip(group, tensors, unpack(group, message), strict=True):
+        assert received.dtype == meta.torch_dtype
+        assert torch.equal(sent, received)
+
+
+def test_tensors_of_a_message_start_aligned_and_do_not_overlap() -> None:
+    offsets, length = message_layout(GROUPS[0])
+    assert offsets == [0, 64]  # 3 x 5 x 4 bytes = 60
+    assert length == 80  # 7 x 2 bytes = 14
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+
+
+def test_pack_refuses_a_tensor_of_another_shape() -> None:
+    with pytest.raises(AssertionError, match="scale"):
+        pack(GROUPS[1], [torch.zeros(1)])
+
+
+def test_manifest_survives_the_way_between_processes() -> None:
+    manifest = Manifest(GROUPS)
+    assert Manifest.from_plain(manifest.to_plain()) == manifest
+    assert [meta.name for meta in manifest] == ["embed", "layers.0.bias", "scale"]
+
+
+def test_manifest_refuses_a_parameter_sent_twice() -> None:
+    with pytest.raises(AssertionError, match="once"):
+        Manifest((GROUPS[0], GROUPS[0]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_manifest_of_a_model_groups_by_layer(family: str, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config(family, tied=tied))
+    manifest = manifest_of(model, "bfloat16")
+    parameters = dict(model.named_parameters())
+    assert [meta.name for meta in manifest] == list(parameters)
+    assert all(meta.shape == tuple(parameters[meta.name].shape) for meta in manifest)
+    assert len(manifest.groups) == 4  # embeddings, two layers, the rest
+    assert [("lm_head.weight" in [m.name for m in group]) for group in manifest.groups] == [False] * 3 + [not tied]
+    transposed = {meta.name.split(".")[-2] for meta in manifest if meta.transposed}
+    assert transposed == ({"c_attn", "c_proj", "c_fc"} if family == "gpt2" else set())
+
+
+def test_manifest_reads_the_shape_that_zero3_keeps_beside_an_empty_parameter() -> None:
+    model = torch.nn.Linear(3, 2, bias=False)
+    model.weight.data = torch.empty(0)
+    setattr(model.weight, "ds_shape", torch.Size([2, 3]))  # noqa: B010
+    assert next(iter(manifest_of(model, "float32"))).shape == (2, 3)
+
+
+class Receiver(threading.Thread):
+    """Joins as `rank`, receives one whole update, keeps it or the error it met."""
+
+    def __init__(self, info: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self.info = info
+        self.update: list[Tensor] = []
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            store = open_store(self.info["host"], self.info["port"], timeout=self.info["timeout"])
+            wire = GlooTransport(
+                store, rank=self.info["rank"], world_size=self.info["world_size"], timeout=self.info["timeout"]
+            )
+            manifest = Manifest.from_plain(self.info["manifest"])
+            for group in manifest.groups:
+                message = torch.empty(message_layout(group)[1], dtype=torch.uint8)
+                wire.broadcast(message)
+                self.update += unpack(group, message)
+            trailer = torch.empty(len(manifest) + 1, dtype=torch.int64)
+            wire.broadcast(trailer)
+            self.update.append(trailer)
+        except RuntimeError as error:
+            self.error = error
+
+
+@pytest.fixture
+def connected() -> Iterator[Callable[[int], tuple[WeightSender, list[Receiver]]]]:
+    senders = []
+
+    def connect(num_receivers: int) -> tuple[WeightSender, list[Receiver]]:
+        sender = WeightSender(Manifest(GROUPS), num_receivers=num_receivers, timeout=20)
+        senders.append(sender)
+        receivers = [Receiver(sender.receiver_info(1 + rank)) for rank in range(num_receivers)]
+        for receiver in receivers:
+            receiver.start()
+        sender.connect()
+        return sender, receivers
+
+    yield connect
+    for sender in senders:
+        sender.close()
+
+
+@pytest.mark.ranks
+def test_an_update_reaches_every_receiver(
+    connected: Callable[[int], tuple[WeightSender, list[Receiver]]],
+) -> None:
+    sender, receivers = connected(2)
+    groups = some_tensors()
+    sender.send(iter(groups), version=7)
+    sent = [tensor for group in groups for _, tensor in group]
+    for receiver in receivers:
+        receiver.join(timeout=20)
+        assert receiver.error is None
+        *tensors, trailer = receiver.update
+        assert all(torch.equal(a, b) for a, b in zip(sent, tensors, strict=True))
+        assert trailer.tolist() == [*(checksum(tensor) for tensor in sent), 7]
+
+
+@pytest.mark.ranks
+def test_an_error_while_gathering_names_the_group_and_frees_the_receiver(
+    connected: Callable[[int], tuple[WeightSender, list[Receiver]]],
+) -> None:
+    sender, (receiver,) = connected(1)
+
+    def gather() -> Iterator[list[tuple[str, Tensor]]]:
+        yield some_tensors()[0]
+        raise OSError("a rank died")
+
+    with pytest.raises(RuntimeError, match=r"weight update 3 failed at group 1 .scale to scale.: a rank died"):
+        sender.send(gather(), version=3)
+    receiver.join(timeout=10)
+    assert receiver.error is not None
+    with pytest.raises(RuntimeError, match="not connected"):
+        sender.send(some_tensors(), version=4)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda groups: groups[:1], "expected 1 tensors, got 0"),
+        (lambda groups: [*groups, groups[1]], "the manifest has 2 groups, and more were given"),
+        (lambda groups: [groups[0][:1], groups[1]], "expected 2 tensors, got 1"),
+        (lambda groups: [groups[0][::-1], groups[1]], "expected .*embed.*got .*layers.0.bias"),
+        (lambda groups: [groups[0], [("scale", groups[1][0][1].double())]], "expected .*float32.*got .*float64"),
+    ],
+)
+def test_tensors_that_differ_from_the_manifest_are_not_sent(
+    connected: Callable[[int], tuple[WeightSender, list[Receiver]]], spoil: Callable[[Any], Any], message: str
+) -> None:
+    sender, (receiver,) = connected(1)
+    with pytest.raises(RuntimeError, match=message):
+        sender.send(spoil(some_tensors()), version=1)
+    receiver.join(timeout=10)
+    assert receiver.error is not None
+
+
+@pytest.mark.ranks
+def test_a_receiver_that_never_joins_is_an_error_within_the_timeout() -> None:
+    sender = WeightSender(Manifest(GROUPS), num_receivers=1, timeout=1)
+    with pytest.raises(RuntimeError):
+        sender.connect()
