@@ -70,7 +70,11 @@ def python_path() -> str:
 def stop_signals() -> Iterator[None]:
     """Turn SIGINT and SIGTERM into `Stopped`, once; another one while the run is being taken down ends it at once."""
 
+    asked = False
+
     def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         raise Stopped(signum)
@@ -79,8 +83,9 @@ def stop_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not asked:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -101,8 +106,8 @@ def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES if device == "cpu" else None,
         }
-    ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
     try:
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
         with stop_signals():  # after ray.init, which sets handlers of its own
             yield Session(cluster, generator, device)
     finally:

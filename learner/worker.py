@@ -21,7 +21,8 @@ from actors.weights import Manifest, manifest_of
 from conf.schema import AlgorithmConfig, LearnerConfig, ModelConfig
 from learner import advantages as adv
 from learner import models, ppo, zero
-from learner.collective import concatenated, highest, summed, summed_stats
+from learner.collective import highest, summed_stats
+from learner.describe import describe
 from learner.experience import Batch, Evaluation, Experience, blank_batch, collate, micro_batches
 from learner.weight_sender import WeightSender
 
@@ -136,7 +137,7 @@ class LearnerWorker:
             for pair in zip(batches, evaluations, strict=True)
         ]
         flat = [item for mini_batch in experience for item in mini_batch]
-        metrics = self._describe(flat, kl_coef=kl_coef)
+        metrics = describe(flat, kl_coef=kl_coef)
         if algorithm.whiten_advantages:
             mean, std = metrics["advantages/mean"], metrics["advantages/std"]
             experience = [
@@ -164,45 +165,6 @@ class LearnerWorker:
             rewards, evaluation.values, batch.mask, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda
         )
         return Experience(batch, evaluation, advantages, returns)
-
-    def _describe(self, experience: Sequence[Experience], *, kl_coef: float) -> dict[str, float]:
-        """Return the metrics of a train batch before the update, over all ranks."""
-        zeros = torch.zeros(3, dtype=torch.float64, device=self.device)
-        advantages, returns, errors, values = zeros.clone(), zeros.clone(), zeros.clone(), zeros.clone()
-        stats = dict.fromkeys(("rollouts", "tokens", "kl", "entropy", "score"), 0.0)
-        gaps = [np.zeros(0, dtype=np.float32)]
-        for item in experience:
-            batch, seen = item.batch, item.evaluation
-            advantages += adv.moments(item.advantages, batch.mask)
-            returns += adv.moments(item.returns, batch.mask)
-            errors += adv.moments(item.returns - seen.values, batch.mask)
-            values += adv.moments(seen.values, batch.mask)
-            stats["rollouts"] += float(batch.mask.shape[0])
-            stats["tokens"] += float(batch.mask.sum())
-            stats["kl"] += float(ppo.masked_sum(seen.old_logprobs - seen.ref_logprobs, batch.mask))
-            stats["entropy"] += float(ppo.masked_sum(seen.entropy, batch.mask))
-            stats["score"] += float(batch.scores.sum())
-            gaps.append((seen.old_logprobs - batch.rollout_logprobs)[batch.mask].abs().float().cpu().numpy())
-        total = summed_stats(stats)
-        gap = concatenated(np.concatenate(gaps))
-        adv_mean, adv_std = adv.mean_and_std(summed(advantages))
-        returns_mean, returns_std = adv.mean_and_std(summed(returns))
-        _, error_std = adv.mean_and_std(summed(errors))
-        kl = total["kl"] / total["rollouts"]
-        return {
-            "objective/kl": kl,
-            "objective/kl_coef": kl_coef,
-            "objective/rlhf_reward": total["score"] / total["rollouts"] - kl_coef * kl,
-            "policy/entropy": total["entropy"] / total["tokens"],
-            "advantages/mean": adv_mean,
-            "advantages/std": adv_std,
-            "critic/value_mean": adv.mean_and_std(summed(values))[0],
-            "critic/return_mean": returns_mean,
-            "critic/explained_variance": 1.0 - error_std**2 / returns_std**2 if returns_std > 0 else 0.0,
-            "sync/logprob_gap_mean": float(gap.mean()),
-            "sync/logprob_gap_p99": float(np.quantile(gap, 0.99)),
-            "sync/logprob_gap_max": float(gap.max()),
-        }
 
     def _train(self, experience: Sequence[MiniBatch], *, seed: int) -> dict[str, float]:
         """Run ppo_epochs over the mini-batches and return the metrics of the update."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_metrics_page import documented_keys
+from tests.test_metrics_page import documented_keys, logged_keys
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -112,10 +112,8 @@ def test_every_step_is_recorded(finished_run: tuple[Path, str]) -> None:
     assert [row["sync/version"] for row in rows[-4:]] == [0, 1, 2, 3]
 
 
-def test_every_metric_is_explained(finished_run: tuple[Path, str]) -> None:
-    keys = {key for row in metrics_of(finished_run[0]) for key in row} - {"stage", "step"}
-    missing = keys - documented_keys(PROJECT / "docs" / "metrics.md")
-    assert not missing, f"docs/metrics.md does not explain {sorted(missing)}"
+def test_the_page_explains_the_metrics_that_there_are(finished_run: tuple[Path, str]) -> None:
+    assert logged_keys(finished_run[0] / "metrics.jsonl") == documented_keys(PROJECT / "docs" / "metrics.md")
 
 
 def test_samples_show_their_own_score(finished_run: tuple[Path, str]) -> None:
@@ -182,11 +180,24 @@ def mark() -> Iterator[str]:
 
 
 @pytest.fixture
-def running(mark: str, tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
+def ppo_alone(finished_run: tuple[Path, str]) -> list[str]:
+    """Settings for the ppo stage by itself, on a policy that another run has fine-tuned, a process of each kind."""
+    return [
+        "stages=[ppo]",
+        "model.init_config=null",
+        f"model.path={finished_run[0] / 'checkpoints' / 'sft'}",
+        "learner.critic_init=policy",
+        "cluster.num_generators=1",
+        "cluster.num_learners=1",
+    ]
+
+
+@pytest.fixture
+def running(ppo_alone: list[str], mark: str, tmp_path: Path) -> tuple[subprocess.Popen[str], Path]:
     """A run that has taken a step of PPO and has very many to go."""
     run_dir = tmp_path / "run"
-    settings = ["stages=[sft,ppo]", "reward.function=examples.functions:brevity", "learner.critic_init=policy"]
-    process = launch(run_dir, *settings, "algorithm.num_steps=10000", mark=mark)
+    function = "reward.function=examples.functions:brevity"
+    process = launch(run_dir, *ppo_alone, function, "algorithm.num_steps=10000", mark=mark)
 
     def has_stepped() -> bool:
         return any(row["stage"] == "ppo" and row["step"] > 1 for row in metrics_of(run_dir))
@@ -220,13 +231,14 @@ def test_a_killed_process_ends_the_run_with_the_cause(
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
     assert "the run failed" in output
-    assert "died" in output or "failed" in output.split("the run failed", 1)[1]
+    assert "died" in output
     assert wait_for(lambda: not marked_processes(mark), seconds=20), marked_processes(mark)
 
 
-def test_a_reward_function_that_raises_ends_the_run_with_its_name(tmp_path: Path, mark: str) -> None:
-    settings = ["stages=[sft,ppo]", "reward.function=tests.faulty:raises", "learner.critic_init=policy"]
-    process = launch(tmp_path / "run", *settings, mark=mark)
+def test_a_reward_function_that_raises_ends_the_run_with_its_name(
+    ppo_alone: list[str], tmp_path: Path, mark: str
+) -> None:
+    process = launch(tmp_path / "run", *ppo_alone, "reward.function=tests.faulty:raises", mark=mark)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1, output
     assert "tests.faulty" in output

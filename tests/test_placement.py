@@ -1,0 +1,108 @@
+"""What the processes of a run ask for, and what is said when a cluster does not have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from cluster.placement import Bundle, plan, reserve
+from cluster.processes import Placement, ProcessError, collect
+from cluster.session import process_environment
+from conf.schema import ClusterConfig, ConfigError, GeneratorConfig
+
+ROLES = ("generator", "reward", "learner")
+
+
+def test_on_cpu_every_process_takes_one_core() -> None:
+    bundles = plan(ClusterConfig(num_generators=2, num_learners=2), GeneratorConfig(), device="cpu", roles=ROLES)
+    assert [(b.role, b.index) for b in bundles] == [
+        ("generator", 0),
+        ("generator", 1),
+        ("reward", 0),
+        ("learner", 0),
+        ("learner", 1),
+    ]
+    assert {tuple(b.resources().items()) for b in bundles} == {(("CPU", 1.0),)}
+
+
+def test_on_gpus_a_generator_takes_as_many_as_its_tensor_parallel_size() -> None:
+    cluster = ClusterConfig(num_generators=2, num_rewards=1, num_learners=3)
+    bundles = plan(cluster, GeneratorConfig(tensor_parallel_size=2), device="cuda", roles=ROLES)
+    assert [bundle.gpus for bundle in bundles] == [2, 2, 1, 1, 1, 1]
+    assert [b.role for b in plan(cluster, GeneratorConfig(), device="cuda", roles=("learner",))] == ["learner"] * 3
+
+
+class Worker:
+    def answer(self, value: int) -> int:
+        return value
+
+    def refuse_setting(self) -> None:
+        raise ConfigError("reward.path", "x", "set another")
+
+    def fail(self) -> None:
+        raise ValueError("something broke")
+
+    def sleep(self) -> None:
+        import time
+
+        time.sleep(60)
+
+    def die(self) -> None:
+        import os
+
+        os._exit(1)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def workers(cluster: None) -> Iterator[list[object]]:
+    bundles = (Bundle("generator", 0, 1, 0), Bundle("generator", 1, 1, 0))
+    group = reserve(bundles, timeout_s=30)
+    yield Placement(group, bundles, process_environment(ClusterConfig(), "cpu")).start(Worker, "generator")
+    ray.util.remove_placement_group(group)
+
+
+@pytest.mark.ray
+def test_what_does_not_fit_is_named_at_once(cluster: None) -> None:
+    bundles = tuple(Bundle("learner", index, 1, 1) for index in range(3))
+    with pytest.raises(ConfigError, match=r"3 CPU and the cluster has 2"):
+        reserve(bundles, timeout_s=30)
+
+
+@pytest.mark.ray
+def test_answers_come_in_the_order_of_the_calls(workers: list[object]) -> None:
+    refs = [worker.answer.remote(value) for value, worker in enumerate(workers)]  # type: ignore[attr-defined]
+    assert collect(refs, what="asking", timeout_s=30) == [0, 1]
+
+
+@pytest.mark.ray
+def test_the_first_failure_ends_the_waiting(workers: list[object]) -> None:
+    first, second = workers
+    refs = [first.sleep.remote(), second.fail.remote()]  # type: ignore[attr-defined]
+    with pytest.raises(ProcessError, match=r"asking: process 1 failed: ValueError.'something broke'"):
+        collect(refs, what="asking", timeout_s=50)
+
+
+@pytest.mark.ray
+def test_a_setting_that_a_process_refuses_is_the_users_error(workers: list[object]) -> None:
+    with pytest.raises(ConfigError, match=r"reward.path='x': set another") as caught:
+        collect([workers[0].refuse_setting.remote()], what="starting", timeout_s=30)  # type: ignore[attr-defined]
+    assert caught.value.key == "reward.path"
+
+
+@pytest.mark.ray
+def test_a_death_and_a_silence_say_which_process(workers: list[object]) -> None:
+    first, second = workers
+    refs = [first.answer.remote(1), second.die.remote()]  # type: ignore[attr-defined]
+    with pytest.raises(ProcessError, match="asking: process 1 died"):
+        collect(refs, what="asking", timeout_s=30)
+    with pytest.raises(ProcessError, match=r"asking: no answer from process \[0\] within 1 s"):
+        collect([first.sleep.remote()], what="asking", timeout_s=1)  # type: ignore[attr-defined]
