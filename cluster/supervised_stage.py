@@ -16,7 +16,7 @@ from cluster.learners import SupervisedGroup
 from cluster.processes import collect
 from cluster.run import Handover, Run, context_length, load_tokenizer
 from conf.check import starting_model
-from conf.schema import ConfigError, ModelConfig, SupervisedConfig
+from conf.schema import ConfigError, ModelConfig, RewardTrainingConfig, SupervisedConfig
 from learner.supervised import RewardModelWorker, SFTWorker, SupervisedSetup
 
 Row = TypeVar("Row")
@@ -96,6 +96,7 @@ def train(
         num_steps=settings.num_steps,
         device=session.device,
         seed=config.seed,
+        center_coef=settings.center_coef if isinstance(settings, RewardTrainingConfig) else 0.0,
         collective_timeout_s=config.cluster.call_timeout_s,
     )
     folder = run.dir / "checkpoints" / stage

@@ -313,6 +313,15 @@ class SupervisedConfig:
 
 
 @dataclass(frozen=True)
+class RewardTrainingConfig(SupervisedConfig):
+    center_coef: float = 0.0  # of (chosen + rejected)^2, which holds the scores around zero whatever the prompt
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        _at_least(f"{key}.center_coef", self.center_coef, 0)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     every: int = 10  # steps; 0: only before the first and after the last
     num_prompts: int = 512
@@ -357,7 +366,7 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sft: SupervisedConfig = field(default_factory=SupervisedConfig)
-    reward_training: SupervisedConfig = field(default_factory=SupervisedConfig)
+    reward_training: RewardTrainingConfig = field(default_factory=RewardTrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 

@@ -52,6 +52,7 @@ class SupervisedSetup:
     num_steps: int
     device: str
     seed: int
+    center_coef: float = 0.0  # of a reward model's loss
     collective_timeout_s: float = 1800.0
 
 
@@ -111,12 +112,14 @@ class RewardTrainingModel(nn.Module):
         return scores
 
 
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Return -log sigmoid(chosen - rejected) summed over pairs: scores [B] and [B] -> scalar.
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_coef: float = 0.0) -> Tensor:
+    """Return -log sigmoid(c - r) + center_coef (c + r)^2 summed over pairs: scores [B] and [B] -> scalar.
 
-    Bradley and Terry 1952, as used for reward models by Ouyang et al. 2022 (arXiv 2203.02155), equation 1.
+    Bradley and Terry 1952, as used for reward models by Ouyang et al. 2022 (arXiv 2203.02155), equation 1. It leaves
+    what is added to both scores of a prompt open; the second term, of Eisenstein et al. 2023 (arXiv 2312.09244), ties
+    it down, so that scores of different prompts can be compared.
     """
-    return -F.logsigmoid(chosen - rejected).sum()
+    return -F.logsigmoid(chosen - rejected).sum() + center_coef * (chosen + rejected).square().sum()
 
 
 Row = TypeVar("Row")
@@ -281,7 +284,8 @@ class RewardModelWorker(SupervisedWorker):
     def loss(self, rows: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:
         both = [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows]
         chosen, rejected = self.engine(to_device(pad_sequences(both, [0] * len(both)), self.device)).chunk(2)
-        loss, margin = bradley_terry_loss(chosen, rejected), (chosen - rejected).detach()
+        loss = bradley_terry_loss(chosen, rejected, center_coef=self.setup.center_coef)
+        margin = (chosen - rejected).detach()
         return loss, {
             "loss": float(loss.detach()),
             "right": float((margin > 0).sum()),

@@ -34,6 +34,8 @@ def test_bradley_terry_loss_by_hand() -> None:
     chosen, rejected = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
     want = math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))
     assert float(bradley_terry_loss(chosen, rejected)) == pytest.approx(want, abs=1e-6)
+    centred = float(bradley_terry_loss(chosen, rejected, center_coef=0.1))
+    assert centred == pytest.approx(want + 0.1 * (1.0**2 + 2.0**2), abs=1e-6)
 
 
 def test_labels_are_the_answer_tokens_alone() -> None:
