@@ -60,23 +60,23 @@ class FunctionReward:
     """Scores of the user's own function, which `spec` names as module:function."""
 
     def __init__(self, spec: str, *, key: str = "reward.function") -> None:
-        self.spec = spec
+        self.name = f"{key} {spec}"
         self.function: RewardFunction = load_function(spec, key=key)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[float]:
         """One score for each rollout.
 
         Raises ValueError naming the function, and the position and the value at fault, unless it returned as many
-        finite numbers as it was given responses.
+        finite numbers as it was given responses; RuntimeError naming it if it raised.
         """
         if not rollouts:
             return []
-        scores = self.function(
-            [rollout.prompt.text for rollout in rollouts],
-            [rollout.text for rollout in rollouts],
-            [rollout.prompt.row for rollout in rollouts],
-        )
-        name = f"reward.function {self.spec}"
+        prompts, responses = [rollout.prompt.text for rollout in rollouts], [rollout.text for rollout in rollouts]
+        name = self.name
+        try:
+            scores = self.function(prompts, responses, [rollout.prompt.row for rollout in rollouts])
+        except Exception as error:  # of any kind, being a user's: it is passed on under the function's name
+            raise RuntimeError(f"{name} raised {type(error).__name__}: {error}") from error
         if not isinstance(scores, list | tuple | np.ndarray):
             raise ValueError(
                 f"{name} returned {type(scores).__name__} {scores!r:.100}; it must return a list of numbers"

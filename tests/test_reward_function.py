@@ -84,3 +84,10 @@ def test_an_unknown_function_is_refused() -> None:
     for spec in ("tests.test_reward_function:nothing", "tests.no_such_module:f"):
         with pytest.raises(ConfigError, match=r"reward\.function"):
             FunctionReward(spec)
+
+
+@pytest.mark.parametrize("key", ["reward.function", "evaluation.verifier"])
+def test_a_function_that_raises_is_named_with_its_setting(key: str) -> None:
+    source = FunctionReward("tests.faulty:raises", key=key)
+    with pytest.raises(RuntimeError, match=rf"^{key} tests.faulty:raises raised ValueError: no score for this one"):
+        source.score([rollout("q", "a")])
