@@ -24,25 +24,29 @@ Usage: python launch.py [GROUP=OPTION ...] [SETTING=VALUE ...]
 Groups, and the options in conf/GROUP/:
 {groups}
 
-Common settings (all of them: --cfg job; what they mean: conf/schema.py):
-  stages=[sft,reward,ppo]        which stages run, in this order; [ppo] unless an experiment says more
+Common settings (all of them: --cfg job; what they mean: conf/schema/):
+  stages=[sft,reward,ppo,eval]   which stages run, in this order; [ppo] unless an experiment says more
   model.path=PATH                the policy: a Hugging Face checkpoint, a folder or a hub name
-  reward.path=PATH               the reward model, or reward.function=module:function
+  reward.sources=[{path:PATH}]   a reward model; or {type:function,function:module:function}, {type:http,url:URL},
+                                 {type:verifier,verifier:math_verify}, or several with a weight each
   data.path=PATH                 prompts: jsonl, parquet or a Hugging Face dataset
   data.eval_path=PATH            held-out prompts; evaluation.verifier=module:function judges the responses
   seed=0                         of everything that is drawn
   run.dir=PATH                   where the results go; runs/EXPERIMENT/TIME unless given
+  algorithm=grpo                 another algorithm than PPO with a critic, as its paper sets it
   algorithm.num_steps=N          iterations of generate, score, learn, sync
   algorithm.kl_coef=X            how closely the policy is held to the reference
   generator.max_new_tokens=N     longest response
   generator.temperature=X        of sampling
+  model.lora.rank=N              trains adapters in the ppo stage instead of all weights
   cluster.num_generators=N       vLLM engines; cluster.num_learners=N for DeepSpeed ranks
   tracking.wandb=online          online, offline or off
 
 Examples:
   python launch.py experiment=quickstart
   python launch.py experiment=quickstart algorithm.kl_coef=0.1 cluster.num_generators=2
-  python launch.py model.path=./policy reward.path=./reward_model data.path=prompts.jsonl learner=cpu generator=cpu
+  python launch.py experiment=quickstart algorithm=grpo algorithm.prompts_per_step=32 algorithm.samples_per_prompt=8
+  python launch.py model.path=./policy 'reward.sources=[{path: ./reward_model}]' data.path=prompts.jsonl learner=cpu
   python launch.py experiment=llama3_8b data.path=prompts.jsonl data.eval_path=null --cfg job
 """
 
@@ -115,7 +119,8 @@ def _parse(argv: Sequence[str]) -> tuple[list[str] | None, bool]:
 def _help() -> str:
     groups = group_options()
     width = max(map(len, groups))
-    return USAGE.format(groups="\n".join(f"  {name:<{width}}  {', '.join(groups[name])}" for name in groups)).rstrip()
+    lines = "\n".join(f"  {name:<{width}}  {', '.join(groups[name])}" for name in groups)
+    return USAGE.replace("{groups}", lines).rstrip()
 
 
 if __name__ == "__main__":

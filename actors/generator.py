@@ -24,7 +24,7 @@ WEIGHT_TRANSFER_BACKEND = "manta"
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One response to sample: the `sample`-th of `prompt`, drawn with `seed`."""
+    """One response to sample: the `sample`-th of `prompt`, drawn with `seed`; at temperature 0 the greedy one."""
 
     prompt: Prompt
     sample: int
@@ -55,8 +55,9 @@ def configure_environment(device: str) -> None:
 class VLLMGenerator:
     """Samples from a causal language model with continuous batching.
 
-    Rollouts carry the log-probabilities of the distribution that was sampled from: the whole vocabulary at the
-    request's temperature. Each is drawn with its own seed, so it does not depend on what else is in the batch.
+    Rollouts carry the log-probabilities of the distribution that was sampled from: at the request's temperature, cut by
+    `generator.top_k` and `top_p` and renormalised. Each is drawn with its own seed, so it does not depend on what else
+    is in the batch.
 
     New weights come in by `init_weight_transfer` once, then `start_weight_update`, `update_weights` and
     `finish_weight_update` for each version; see actors/weight_receiver.py. From the start of an update until it has
@@ -78,6 +79,7 @@ class VLLMGenerator:
         `tokenizer` is the folder or name of another tokenizer than the one at `model_path`.
         """
         configure_environment(device)
+        self._config = config
         from transformers import AutoTokenizer
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -143,7 +145,7 @@ class VLLMGenerator:
         request_id = str(next(self._request_numbers))
         # The salt keeps keys and values that older weights computed out of the prefix cache.
         prompt = tokens_input(request.prompt.token_ids.tolist(), cache_salt=f"version-{self._version}")
-        self._engine.add_request(request_id, prompt, _sampling_params(request, self._stop_ids))
+        self._engine.add_request(request_id, prompt, _sampling_params(request, self._config, self._stop_ids))
         return request_id
 
     def _rollout(self, request: SampleRequest, completion: Any) -> Rollout:
@@ -250,7 +252,7 @@ def _engine_args(model_path: str, config: GeneratorConfig, *, device: str, seed:
     )
 
 
-def _sampling_params(request: SampleRequest, stop_ids: Sequence[int]) -> Any:
+def _sampling_params(request: SampleRequest, config: GeneratorConfig, stop_ids: Sequence[int]) -> Any:
     """Every field that shapes the distribution, sent explicitly: no default of the model or of vLLM may change it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -261,8 +263,8 @@ def _sampling_params(request: SampleRequest, stop_ids: Sequence[int]) -> Any:
         seed=request.seed,
         max_tokens=request.max_new_tokens,
         min_tokens=0,
-        top_p=1.0,
-        top_k=0,
+        top_p=config.top_p,
+        top_k=config.top_k,
         min_p=0.0,
         presence_penalty=0.0,
         frequency_penalty=0.0,

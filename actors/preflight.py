@@ -5,10 +5,12 @@ Reads config.json, tokenizers and rows; loads no weights. transformers is import
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from actors.prompts import PromptSource, check_columns
+from actors.mixing import held_out_prompts, prompt_source
 from actors.rows import read_rows
+from actors.supervised_rows import check_columns, ptx_rows
 from actors.verifiers import load_function
 from conf.check import starting_model
 from conf.schema import Config, ConfigError
@@ -18,17 +20,19 @@ COLUMNS = {"sft": ("answer",), "reward_training": ("chosen", "rejected")}
 
 def preflight(config: Config) -> None:
     """Raises ConfigError for the first function, checkpoint, tokenizer or row that cannot be used."""
-    for key, spec in (("reward.function", config.reward.function), ("evaluation.verifier", config.evaluation.verifier)):
+    named = [(f"reward.sources[{i}].function", source.function) for i, source in enumerate(config.reward.sources)]
+    for key, spec in (*named, ("evaluation.verifier", config.evaluation.verifier)):
         if spec is not None:
             load_function(spec, key=key)
     key, path = starting_model(config)
     model = _model_config(key, path, config)
     tokenizer = _policy_tokenizer(config)
     _check_vocabulary(config, tokenizer, model.vocab_size)
-    if "ppo" in config.stages:
+    if {"ppo", "eval"} & set(config.stages):
         _check_context(config, getattr(model, "max_position_embeddings", None))
-        _check_reference(config, tokenizer, model.vocab_size)
-        _check_reward_model(config)
+        _check_reference(config, tokenizer, model)
+        _check_reward_models(config)
+    if "ppo" in config.stages and config.algorithm.has_critic and config.learner.critic_network == "separate":
         _check_critic(config, tokenizer)
     _check_data(config, tokenizer)
 
@@ -77,36 +81,63 @@ def _check_context(config: Config, context: int | None) -> None:
         raise ConfigError("data.max_prompt_tokens", longest, remedy)
 
 
-def _check_reference(config: Config, tokenizer: Any, vocab_size: int) -> None:
+def _check_reference(config: Config, tokenizer: Any, policy: Any) -> None:
     path = config.model.reference
     if path is None:
         return
-    size = _model_config("model.reference", path, config).vocab_size
-    if size != vocab_size:
-        remedy = "name a reference that the policy descends from"
-        raise ConfigError(
-            "model.reference", path, f"has a vocabulary of {size}, the policy one of {vocab_size}; {remedy}"
-        )
+    reference = _model_config("model.reference", path, config)
+    if reference.vocab_size != policy.vocab_size:
+        sizes = f"has a vocabulary of {reference.vocab_size}, the policy one of {policy.vocab_size}"
+        raise ConfigError("model.reference", path, f"{sizes}; name a reference that the policy descends from")
     if _tokenizer("model.reference", path, config).get_vocab() != tokenizer.get_vocab():
         remedy = "numbers its tokens differently from the policy; name a reference that the policy descends from"
         raise ConfigError("model.reference", path, remedy)
+    if "ppo" in config.stages and starts_at_reference(config) and _shape(reference) != _shape(policy):
+        remedy = f"the generators, made for the policy, cannot sample from {path}, a model of another shape; set it to"
+        raise ConfigError("evaluation.win_rate", True, f"{remedy} false")
 
 
-def _check_reward_model(config: Config) -> None:
-    path = config.reward.path
-    if path is not None and (labels := _model_config("reward.path", path, config, text_part=False).num_labels) != 1:
-        remedy = f"is no reward model: its classification head has {labels} labels"
-        raise ConfigError("reward.path", path, f"{remedy}; name a sequence-classification checkpoint with one")
+def starts_at_reference(config: Config) -> bool:
+    """Whether the generators of the ppo stage hold a reference of its own first, whose responses are compared with."""
+    held_out = config.data.eval_path is not None or config.data.task.name is not None
+    return config.model.reference is not None and config.evaluation.win_rate and held_out
+
+
+def _shape(model: Any) -> dict[str, Any]:
+    """What two checkpoints must share for an engine made for one to take the weights of the other."""
+    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head")
+    return {name: getattr(model, name, None) for name in (*names, *heads)}
+
+
+def _check_reward_models(config: Config) -> None:
+    for number, source in enumerate(config.reward.sources):
+        if source.type == "model" and source.path is not None and not is_adapter(source.path):
+            key = f"reward.sources[{number}].path"
+            labels = _model_config(key, source.path, config, text_part=False).num_labels
+            if labels != 1:
+                remedy = f"is no reward model: its classification head has {labels} labels"
+                raise ConfigError(key, source.path, f"{remedy}; name a sequence-classification checkpoint with one")
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is a folder with an adapter of PEFT, which is loaded on the model that it names."""
+    return (Path(path) / "adapter_config.json").is_file()
 
 
 def _check_critic(config: Config, tokenizer: Any) -> None:
     """The critic reads the policy's tokens, so what it starts from has to number them alike."""
     key, start = "learner.critic_init", config.learner.critic_init
+    scoring = [source.path for source in config.reward.sources if source.type == "model"]
     trained = "reward" in config.stages
-    paths = {"policy": None, "reward": config.reward_training.model_path if trained else config.reward.path}
+    of_reward = config.reward_training.model_path if trained else next(iter(scoring), None)
+    paths = {"policy": None, "reward": of_reward}
     path = paths.get(start, start)
     if path is None:
         return
+    if is_adapter(path):
+        remedy = f"a critic cannot start from the adapter at {path}; merge it, or set learner.critic_init=policy"
+        raise ConfigError(key, start, remedy)
     _model_config(key, path, config)
     if _tokenizer(key, path, config).get_vocab() != tokenizer.get_vocab():
         remedy = f"{path} numbers its tokens differently from the policy; set learner.critic_init=policy"
@@ -116,13 +147,12 @@ def _check_critic(config: Config, tokenizer: Any) -> None:
 def _check_data(config: Config, tokenizer: Any) -> None:
     """Reads every row that a later stage would stumble over."""
     data = config.data
-    if "ppo" in config.stages:
-        for key, path, split in (
-            ("data.path", data.path, data.split),
-            ("data.eval_path", data.eval_path, data.eval_split),
-        ):
-            if path is not None:
-                PromptSource(read_rows(path, split, key=key), tokenizer, data, seed=config.seed)
+    if "ppo" in config.stages and (data.path is not None or data.sources):
+        prompt_source(data, tokenizer, seed=config.seed)
+    if {"ppo", "eval"} & set(config.stages):
+        held_out_prompts(data, tokenizer, config.evaluation.num_prompts)
+    if "ppo" in config.stages and config.algorithm.ptx.path is not None:
+        ptx_rows(config.algorithm.ptx, tokenizer)
     for stage, section, supervised in (
         ("sft", "sft", config.sft),
         ("reward", "reward_training", config.reward_training),

@@ -1,221 +1,180 @@
-"""One score per rollout, from a reward model or from a Python function.
+"""The score of a rollout: what its sources give it, weighted and added, and what happens where one of them fails.
 
-Knows transformers (imported when a reward model is made) and nothing of Ray or of the learner. A source that cannot
-score raises: no score is ever invented.
+Knows the sources by their protocol and nothing of Ray or of the learner. No score is ever invented: a rollout that a
+source cannot score has none, and the settings say whether that stops the run.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
-from typing import TYPE_CHECKING, Any, Protocol, cast
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from actors.prompts import render_conversation
+from actors.reward_function import FunctionReward, RewardFunction
+from actors.reward_http import HTTPReward
+from actors.reward_model import RewardModel
+from actors.reward_source import Fault, RewardSource, SourceError, sample_name
+from actors.reward_vllm import VLLMRewardModel
 from actors.rollout import Rollout
-from actors.verifiers import load_function
-from conf.schema import ConfigError, RewardConfig
+from conf.schema import ConfigError, RewardConfig, RewardSourceConfig
 
-if TYPE_CHECKING:
-    import torch
+__all__ = [
+    "Fault",
+    "FunctionReward",
+    "Judged",
+    "RewardFunction",
+    "RewardSource",
+    "Rewards",
+    "SourceError",
+    "make_source",
+    "source_configs",
+]
 
 
-class RewardSource(Protocol):
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One finite score for each rollout, in their order."""
+@dataclass(frozen=True)
+class Judged:
+    """What the sources make of one rollout."""
+
+    score: float | None  # the sum of weight times part; None if a source gave none
+    parts: Mapping[str, float] = field(default_factory=dict)  # by the label of the source, before its weight
+    fault: str | None = None  # why there is no score
 
 
-class RewardFunction(Protocol):
-    """What `reward.function=module:function` names. Its three arguments are passed by position and are equally long.
+class Rewards:
+    """All sources of scores together.
 
-    `prompts` are the prompts as the policy read them, the chat template rendered; `responses` leave out the special
-    tokens; `rows` are the rows of the dataset. It returns one finite number (or bool) for each.
+    What a source does not score is asked for again, up to `config.retries` times, after `config.backoff_s` seconds and
+    twice as long before each further try: the whole call if it failed, else the faulty rollouts alone. What another
+    try would not change (Fault.lasting) is not asked for again.
     """
 
-    def __call__(
-        self, prompts: list[str], responses: list[str], rows: list[Mapping[str, Any]], /
-    ) -> Sequence[float]: ...
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        trained: str | None,
+        device: str,
+        trust_remote_code: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Makes every source. `trained` is the checkpoint of a reward stage that ran before, if one did.
 
-
-def make_reward_source(
-    config: RewardConfig, *, path: str | None = None, device: str, trust_remote_code: bool = False
-) -> RewardSource:
-    """The source that `config` names; `path` is the checkpoint of a reward stage that ran before, if one did.
-
-    Raises ConfigError when nothing, or both a model and a function, would score.
-    """
-    path = path or config.path
-    if config.function is not None:
-        if path is not None:
-            raise ConfigError("reward.function", config.function, f"the reward model {path} scores already; drop one")
-        return FunctionReward(config.function)
-    if path is None:
-        raise ConfigError("reward.path", None, "set it to a reward model, or set reward.function=module:function")
-    return RewardModel(path, config, device=device, trust_remote_code=trust_remote_code)
-
-
-class FunctionReward:
-    """Scores of the user's own function, which `spec` names as module:function."""
-
-    def __init__(self, spec: str, *, key: str = "reward.function") -> None:
-        self.name = f"{key} {spec}"
-        self.function: RewardFunction = load_function(spec, key=key)
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One score for each rollout.
-
-        Raises ValueError naming the function, and the position and the value at fault, unless it returned as many
-        finite numbers as it was given responses; RuntimeError naming it if it raised.
+        Raises ConfigError for a source that cannot be made, and as `source_configs` does.
         """
-        if not rollouts:
-            return []
-        prompts, responses = [rollout.prompt.text for rollout in rollouts], [rollout.text for rollout in rollouts]
-        name = self.name
-        try:
-            scores = self.function(prompts, responses, [rollout.prompt.row for rollout in rollouts])
-        except Exception as error:  # of any kind, being a user's: it is passed on under the function's name
-            raise RuntimeError(f"{name} raised {type(error).__name__}: {error}") from error
-        if not isinstance(scores, list | tuple | np.ndarray):
-            raise ValueError(
-                f"{name} returned {type(scores).__name__} {scores!r:.100}; it must return a list of numbers"
-            )
-        if len(scores) != len(rollouts):
-            raise ValueError(f"{name} returned {len(scores)} scores for {len(rollouts)} responses")
-        for position, score in enumerate(scores):
-            if not isinstance(score, Real | np.bool_):
-                kind = type(score).__name__
-                raise ValueError(f"{name} returned {kind} {score!r:.100} at position {position}; it must be a number")
-        return finite_scores(name, rollouts, [float(score) for score in scores])
+        self.config, self._sleep = config, sleep
+        self._sources = []
+        for number, item in enumerate(source_configs(config, trained)):
+            source = make_source(item, key=_key(number), device=device, trust_remote_code=trust_remote_code)
+            self._sources.append(_Named(item.label, item.weight, _key(number), source))
+        self.num_retries = 0  # calls of a source, since the start, that asked for something again
 
+    def score(self, rollouts: Sequence[Rollout]) -> list[Judged]:
+        """What each rollout is worth, in their order.
 
-class RewardModel:
-    """Scores of a Hugging Face sequence-classification model with one label, read at the last token.
-
-    Each conversation is rendered again with the model's own tokenizer and chat template, which may differ from the
-    policy's. A response that was cut (finish_reason "length") is left open: the model reads no end of turn that the
-    policy did not write. The score is the output of the classification head at the last token by position, so a pad
-    token that equals EOS does no harm; the head works in float32 whatever `config.dtype` is.
-    """
-
-    def __init__(self, path: str, config: RewardConfig, *, device: str, trust_remote_code: bool = False) -> None:
-        """Loads the model in eval mode. Raises ConfigError naming reward.path for a checkpoint that cannot score."""
-        import torch
-        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-        self.path, self.config, self.device = path, config, device
-        try:
-            model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:  # nothing there; an architecture that transformers does not know
-            raise ConfigError("reward.path", path, f"is not a Hugging Face checkpoint: {error}") from error
-        if model_config.num_labels != 1:
-            raise ConfigError(
-                "reward.path",
-                path,
-                f"is no reward model: its classification head has {model_config.num_labels} labels, not one",
-            )
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        self.model, loading = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=model_config,
-            dtype=getattr(torch, config.dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-        self._check(set(loading["missing_keys"]))
-        self.model.score.float()
-        self.model.to(device).eval().requires_grad_(False)
-        self.context: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-        self.vocab_size: int = self.model.get_input_embeddings().num_embeddings
-
-    def _check(self, missing_keys: set[str]) -> None:
-        def refuse(remedy: str) -> ConfigError:
-            return ConfigError("reward.path", self.path, remedy)
-
-        if not hasattr(self.model, "score"):
-            kind = type(self.model).__name__
-            raise refuse(f"{kind} has no `score` head over the last token; use a causal sequence-classification model")
-        if missing_keys:
-            raise refuse(f"lacks the weights {', '.join(sorted(missing_keys))}, which would be random")
-        has_template = self.tokenizer.chat_template is not None
-        if self.config.chat_template and not has_template:
-            raise ConfigError("reward.chat_template", True, f"the tokenizer of {self.path} has no chat template")
-        uses_template = has_template if self.config.chat_template is None else self.config.chat_template
-        if not uses_template and self.tokenizer.eos_token_id is None:
-            raise refuse("its tokenizer has neither a chat template nor an EOS token to end a response with")
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        """One score for each rollout; it does not depend on the others beyond rounding.
-
-        Raises ValueError for a conversation longer than the model's context and for a score that is not finite, and
-        ConfigError for one that alone exceeds `reward.max_batch_tokens`.
+        With reward.on_failure=drop a rollout that a source did not score has no score, and later sources are not asked
+        for it. With "stop" it raises SourceError naming the source, its key, the rollout and the cause. Raises
+        ConfigError for a wrong setting that shows only now.
         """
-        conversations = [self.render(rollout) for rollout in rollouts]
-        scores = [math.nan] * len(rollouts)
-        for batch in token_batches([len(ids) for ids in conversations], self.config.max_batch_tokens):
-            for position, score in zip(batch, self._forward([conversations[i] for i in batch]), strict=True):
-                scores[position] = score
-        return finite_scores(f"reward model {self.path}", rollouts, scores)
+        parts: list[dict[str, float]] = [{} for _ in rollouts]
+        totals = [0.0] * len(rollouts)
+        faults: list[str | None] = [None] * len(rollouts)
+        for source in self._sources:
+            asked = [position for position, fault in enumerate(faults) if fault is None]
+            answers = self._ask(source, [rollouts[position] for position in asked])
+            for position, answer in zip(asked, answers, strict=True):
+                if isinstance(answer, Fault):
+                    faults[position] = self._failed(source, rollouts[position], answer)
+                else:
+                    parts[position][source.label] = answer
+                    totals[position] += source.weight * answer
+        return [
+            Judged(total if fault is None else None, of_one, fault)
+            for total, of_one, fault in zip(totals, parts, faults, strict=True)
+        ]
 
-    def render(self, rollout: Rollout) -> list[int]:
-        """The token ids of the conversation as the reward model reads it. Raises as `score` says."""
-        ids: list[int] = render_conversation(
-            self.tokenizer,
-            rollout.prompt.messages,
-            rollout.text,
-            self.config.chat_template,
-            closed=rollout.finish_reason == "stop",
-        )
-        name = f"the conversation of prompt {rollout.prompt.id}, sample {rollout.sample}, has {len(ids)} tokens"
-        if self.context is not None and len(ids) > self.context:
-            raise ValueError(
-                f"{name} for the reward model {self.path}, whose context is {self.context}; lower "
-                "data.max_prompt_tokens or generator.max_new_tokens"
-            )
-        if len(ids) > self.config.max_batch_tokens:
-            raise ConfigError("reward.max_batch_tokens", self.config.max_batch_tokens, f"{name}; raise it to that")
-        # Not len(tokenizer): a tokenizer may hold tokens, such as an added pad, that no conversation has.
-        if max(ids) >= self.vocab_size:
-            raise ConfigError(
-                "reward.path",
-                self.path,
-                f"its tokenizer gives token {max(ids)}, its embedding has {self.vocab_size} rows",
-            )
-        return ids
+    def _ask(self, source: _Named, rollouts: Sequence[Rollout]) -> list[float | Fault]:
+        """The last answer for each rollout, after as many tries as are allowed."""
+        answers = _tried(source, rollouts)
+        for number in range(self.config.retries):
+            again = [i for i, answer in enumerate(answers) if isinstance(answer, Fault) and not answer.lasting]
+            if not again:
+                break
+            self._sleep(self.config.backoff_s * 2**number)
+            self.num_retries += 1
+            for i, answer in zip(again, _tried(source, [rollouts[i] for i in again]), strict=True):
+                answers[i] = answer
+        return answers
 
-    def _forward(self, conversations: Sequence[Sequence[int]]) -> list[float]:
-        """Scores of one right-padded batch."""
-        import torch
-
-        lengths = torch.tensor([len(ids) for ids in conversations])
-        inputs = torch.zeros(len(conversations), int(lengths.max()), dtype=torch.long)
-        for row, ids in zip(inputs, conversations, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        mask = torch.arange(inputs.shape[1]) < lengths[:, None]
-        with torch.inference_mode():
-            hidden: torch.Tensor = self.model.base_model(
-                input_ids=inputs.to(self.device), attention_mask=mask.long().to(self.device), use_cache=False
-            ).last_hidden_state
-            last = hidden[torch.arange(len(conversations)), lengths - 1]  # [B, hidden]
-            return cast(list[float], self.model.score(last.float())[:, 0].tolist())
+    def _failed(self, source: _Named, rollout: Rollout, fault: Fault) -> str:
+        count = 1 + self.config.retries
+        tries = "" if fault.lasting else f" after {count} tries" if count > 1 else " after 1 try"
+        message = f"{source.key} ({source.label}) gave {sample_name(rollout)} no score{tries}: {fault.message}"
+        if self.config.on_failure == "stop":
+            raise SourceError(message)
+        return message
 
 
-def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Positions of `lengths`, longest first, cut so that a batch padded to its longest keeps to `max_tokens`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max_tokens // lengths[order[0]]
-        assert size > 0, "a conversation longer than the budget is refused before"
-        yield order[:size]
-        order = order[size:]
+@dataclass(frozen=True)
+class _Named:
+    label: str
+    weight: float
+    key: str
+    source: RewardSource
 
 
-def finite_scores(name: str, rollouts: Sequence[Rollout], scores: list[float]) -> list[float]:
-    """`scores` as they are. Raises ValueError naming the source and the first position whose score is not finite."""
-    for position, (rollout, score) in enumerate(zip(rollouts, scores, strict=True)):
-        if not math.isfinite(score):
-            raise ValueError(
-                f"{name} returned {score} at position {position} (prompt {rollout.prompt.id}, sample {rollout.sample})"
-            )
-    return scores
+def _tried(source: _Named, rollouts: Sequence[Rollout]) -> list[float | Fault]:
+    """One call of `source`; one that fails as a whole is a fault of every rollout."""
+    if not rollouts:
+        return []
+    try:
+        answers = source.source.score(rollouts)
+    except SourceError as error:
+        return [Fault(str(error))] * len(rollouts)
+    assert len(answers) == len(rollouts), source.key
+    return answers
+
+
+def source_configs(config: RewardConfig, trained: str | None) -> tuple[RewardSourceConfig, ...]:
+    """The sources with nothing left open: `trained`, a checkpoint, is the model without a path, or the only source.
+
+    Raises ConfigError if nothing would score, or if it is unclear what `trained` is for.
+    """
+    if not config.sources:
+        if trained is None:
+            remedy = "nothing scores the rollouts; name a source, or train a reward model with the stage reward"
+            raise ConfigError("reward.sources", [], remedy)
+        return (RewardSourceConfig(path=trained),)
+    open_ones = [i for i, item in enumerate(config.sources) if item.type == "model" and item.path is None]
+    if trained is None and open_ones:
+        remedy = "name a reward model, or train one with the stage reward"
+        raise ConfigError(f"{_key(open_ones[0])}.path", None, remedy)
+    if len(open_ones) > 1:
+        remedy = f"{_key(open_ones[0])} has none either, and the stage reward trains one model; name the others"
+        raise ConfigError(f"{_key(open_ones[1])}.path", None, remedy)
+    if trained is not None and not open_ones:
+        remedy = "none is the model that the stage reward trains; leave the path out of one of type model, or the stage"
+        raise ConfigError("reward.sources", [item.label for item in config.sources], remedy)
+    return tuple(
+        replace(item, path=trained) if number in open_ones else item for number, item in enumerate(config.sources)
+    )
+
+
+def make_source(source: RewardSourceConfig, *, key: str, device: str, trust_remote_code: bool = False) -> RewardSource:
+    """The source that `source` names, which stands at `key`. A model is loaded to `device`, "cpu" or "cuda".
+
+    Raises ConfigError for a checkpoint that cannot score, a function that is not there, and the like.
+    """
+    if source.type == "function":
+        assert source.function is not None, "checked with the settings"
+        return FunctionReward(source.function, key=f"{key}.function")
+    if source.type == "verifier":
+        arguments = {"answer_key": source.answer_key} if source.verifier == "math_verify" else {}
+        return FunctionReward(f"actors.verifiers:{source.verifier}", key=f"{key}.verifier", **arguments)
+    if source.type == "http":
+        return HTTPReward(source, key=key)
+    made = VLLMRewardModel if source.engine == "vllm" else RewardModel
+    return made(source, key=key, device=device, trust_remote_code=trust_remote_code)
+
+
+def _key(number: int) -> str:
+    return f"reward.sources[{number}]"

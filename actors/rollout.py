@@ -71,7 +71,11 @@ class Rollout:
 
 @dataclass(frozen=True, eq=False)
 class ScoredRollout:
-    """A rollout and the one score that its reward source gave it."""
+    """A rollout with the score that is trained on, and what its prompt's greedy response scored, where that was asked.
+
+    `baseline` is 0.0 for every estimator but ReMax.
+    """
 
     rollout: Rollout
     score: float
+    baseline: float = 0.0

@@ -1,4 +1,4 @@
-"""Rows of a dataset, as plain dicts: from jsonl, parquet, a folder that `datasets` saved, or a name on the hub.
+"""Rows of a dataset, as plain dicts: from jsonl, json, parquet, a folder that `datasets` saved, or a name on the hub.
 
 Knows nothing of what the rows mean.
 """
@@ -23,7 +23,9 @@ def read_rows(path: str, split: str, *, key: str = "data.path") -> list[Row]:
     """
     suffix = Path(path).suffix
     if suffix in (".jsonl", ".json"):
-        rows = list(_jsonl(path, key))
+        content = _content(path, key)
+        is_array = suffix == ".json" and content.lstrip().startswith(b"[")  # otherwise an object a line, as in jsonl
+        rows = _array(content, path, key) if is_array else list(_lines(content, path, key))
     elif suffix == ".parquet":
         rows = _parquet(path, key)
     else:
@@ -33,26 +35,42 @@ def read_rows(path: str, split: str, *, key: str = "data.path") -> list[Row]:
     return rows
 
 
-def _jsonl(path: str, key: str) -> Iterator[Row]:
-    """One object a line, UTF-8; empty lines are allowed at the end alone, so a row's number is its line's."""
+def _content(path: str, key: str) -> bytes:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(key, path, f"cannot be read: {error.strerror}") from error
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").rstrip().split(b"\n"), start=1):
+    return content.removeprefix(b"\xef\xbb\xbf").rstrip()
+
+
+def _lines(content: bytes, path: str, key: str) -> Iterator[Row]:
+    """One object a line, UTF-8; empty lines are allowed at the end alone, so a row's number is its line's."""
+    for number, line in enumerate(content.split(b"\n") if content else [], start=1):
         try:
             row = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                key, path, f"line {number} is not UTF-8 (byte {error.start + 1}); convert the file"
-            ) from error
+            remedy = f"line {number} is not UTF-8 (byte {error.start + 1}); convert the file"
+            raise ConfigError(key, path, remedy) from error
         except json.JSONDecodeError as error:
-            if not content.strip():
-                return
             raise ConfigError(key, path, f"line {number} is not JSON: {error.msg} at column {error.colno}") from error
         if not isinstance(row, dict):
             raise ConfigError(key, path, f"line {number} is no JSON object but {type(row).__name__}; write {{...}}")
         yield row
+
+
+def _array(content: bytes, path: str, key: str) -> list[Row]:
+    """The objects of the one array that a .json file holds, as LLaMA-Factory's sets do."""
+    try:
+        rows: list[Any] = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(key, path, f"is not UTF-8 (byte {error.start + 1}); convert the file") from error
+    except json.JSONDecodeError as error:
+        remedy = f"line {error.lineno} is not JSON: {error.msg} at column {error.colno}"
+        raise ConfigError(key, path, remedy) from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ConfigError(key, path, f"row {number} is no JSON object but {type(row).__name__}; write {{...}}")
+    return rows
 
 
 def _parquet(path: str, key: str) -> list[Row]:
@@ -79,9 +97,16 @@ def _dataset(path: str, split: str, key: str) -> list[Row]:
             dataset = datasets.load_dataset(path, split=split)
     except KeyError as error:
         remedy = f"the dataset at {key}={path} has no such split; it has {', '.join(saved)}"
-        raise ConfigError("data.eval_split" if "eval" in key else "data.split", split, remedy) from error
+        raise ConfigError(_split_key(key), split, remedy) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())
-        remedy = f"neither a jsonl or parquet file nor a dataset that can be loaded with split {split!r}: {reason}"
+        remedy = f"no jsonl, json or parquet file, and no dataset that can be loaded with split {split!r}: {reason}"
         raise ConfigError(key, path, remedy) from error
     return list(dataset)
+
+
+def _split_key(key: str) -> str:
+    """The setting of the split of the set whose path `key` names: beside it, or in the section data."""
+    if key.endswith(".path"):
+        return f"{key.removesuffix('path')}split"
+    return "data.eval_split" if "eval" in key else "data.split"

@@ -1,6 +1,7 @@
 """Functions that judge responses, in the one form that reward functions and verifiers share, and how they are found.
 
-A function is named module:function and called with prompts, responses and rows, equally long; it returns a number each.
+A function is named module:function and called with prompts, responses and rows, equally long; it returns a number each,
+or a Fault where it cannot judge.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, cast
 
+from actors.math_judge import MathJudge
+from actors.reward_source import Fault, finite_number
 from conf.schema import ConfigError
 
 
@@ -62,3 +65,30 @@ def _judge(name: str) -> Callable[[str, Mapping[str, Any]], float]:
 
     judge: Callable[[str, Mapping[str, Any]], float] = get_score_answer_fn(name)
     return judge
+
+
+def math_verify(
+    prompts: Sequence[str], responses: Sequence[str], rows: Sequence[Mapping[str, Any]], *, answer_key: str = "answer"
+) -> list[float | Fault]:
+    """1.0 for each response whose answer equals the row's as mathematics, 0.0 for one whose does not or that has none.
+
+    The package math-verify finds the answer of a response (the last one in a box, or else in LaTeX, or else a number)
+    and compares it. `answer_key` is the column of the right answer: LaTeX, with or without `$` or a box around it, or a
+    number. A row without an answer that can be read, and a comparison that takes too long, are faults, never a score.
+    """
+    return [_math_verdict(response, row, answer_key) for response, row in zip(responses, rows, strict=True)]
+
+
+def _math_verdict(response: str, row: Mapping[str, Any], answer_key: str) -> float | Fault:
+    answer: Any = row.get(answer_key)
+    if isinstance(answer, bool) or not (isinstance(answer, str) or finite_number(answer) is not None):
+        found = (
+            f"holds {answer!r:.100} there" if answer_key in row else f"has {', '.join(map(str, row)) or 'no columns'}"
+        )
+        return Fault(f"the row has no right answer under {answer_key!r}; it {found}", lasting=True)
+    return _math_judge().verdict(answer, response)
+
+
+@cache
+def _math_judge() -> MathJudge:
+    return MathJudge()

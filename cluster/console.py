@@ -30,7 +30,9 @@ _COMPARED = (  # what it is called, its name in summary.json without _before and
 _PATHS = (
     ("policy and critic", "export"),
     ("checkpoints", "checkpoints"),
+    ("best policy", "checkpoints/best"),
     ("curves", "curves.png"),
+    ("score against KL", "frontier.png"),
     ("summary", "summary.json"),
     ("every figure", "metrics.jsonl"),
     ("samples", "samples.jsonl"),
@@ -56,6 +58,11 @@ class Console:
     def note(self, text: str) -> None:
         """Print a message as it is, above the progress bar if there is one."""
         self._out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def table(self, table: Table) -> None:
+        """Print a table, below an empty line."""
+        self._out.print()
+        self._out.print(table)
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[StageProgress]:

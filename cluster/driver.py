@@ -1,26 +1,31 @@
-"""The loop of PPO: draw prompts, sample, score, learn, sync, evaluate.
+"""The loop of PPO: sample and score, learn, sync.
 
-Knows nothing of Ray: it is given four partners by protocol and holds only handles, ids and floats of the rollouts, so
-it does not grow with the model or the batch.
+Knows nothing of Ray: it is given its partners by protocol and holds only handles, ids and floats of the rollouts, so it
+does not grow with the model or the batch. A variant of the algorithm is another partner.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
+from actors.repetition import repeated_fraction
 from actors.rollout import Prompt, Rollout
-from conf.schema import AlgorithmConfig, EvaluationConfig, GeneratorConfig
+from conf.schema import AlgorithmConfig
 from learner.experience import deal
 from learner.ppo import KLController
 
+if TYPE_CHECKING:
+    from actors.reward import Judged
+
 Metrics = dict[str, float]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class RolloutInfo:
     num_tokens: int  # prompt and response
     num_response_tokens: int
     truncated: bool
+    repetition: float  # share of the response's 4-grams that occurred before in it
 
     @staticmethod
     def of(rollout: Rollout) -> RolloutInfo:
@@ -41,6 +47,7 @@ class RolloutInfo:
             rollout.num_tokens,
             len(rollout.response_ids),
             rollout.finish_reason == "length",
+            repeated_fraction(rollout.response_ids),
         )
 
 
@@ -54,12 +61,47 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class ScoredHandle:
-    """One rollout of a chunk with its score."""
+    """One rollout of a chunk with its score: the weighted sum of `parts`, which are by the name of their source."""
 
     info: RolloutInfo
     chunk: Chunk
     row: int
     score: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """Every rollout that could be scored, in the order of (prompt, sample), and what could not."""
+
+    handles: tuple[ScoredHandle, ...]
+    num_dropped: int = 0
+    num_retries: int = 0
+
+    @staticmethod
+    def of(chunks: Sequence[Chunk], judged: Sequence[Sequence[Judged]], *, num_retries: int) -> Scoring:
+        """Return the scores of chunks, which come in any order, from what is said of each row of each of them."""
+        rows = [
+            (info, chunk, row, of_row)
+            for chunk, of_chunk in zip(chunks, judged, strict=True)
+            for row, (info, of_row) in enumerate(zip(chunk.infos, of_chunk, strict=True))
+        ]
+        handles = [
+            ScoredHandle(info, chunk, row, of_row.score, of_row.parts)
+            for info, chunk, row, of_row in rows
+            if of_row.score is not None
+        ]
+        handles.sort(key=lambda handle: (handle.info.prompt_id, handle.info.sample))
+        return Scoring(tuple(handles), num_dropped=len(rows) - len(handles), num_retries=num_retries)
+
+
+@dataclass(frozen=True, eq=False)
+class ShapedHandle:
+    """A rollout with the score that is trained on, and what its prompt's greedy response scored, or 0.0."""
+
+    handle: ScoredHandle
+    score: float
+    baseline: float
 
 
 @dataclass(frozen=True)
@@ -87,12 +129,12 @@ class Generators(Protocol):
 class Rewards(Protocol):
     """The reward actors."""
 
-    def score(self, chunks: Iterable[Chunk]) -> list[ScoredHandle]:
-        """Score chunks as they come and return every rollout with its score, in the order of (prompt, sample)."""
+    def score(self, chunks: Iterable[Chunk]) -> Scoring:
+        """Score chunks as they come."""
         ...
 
-    def verify(self, handles: Sequence[ScoredHandle]) -> list[float]:
-        """Return what the verifier, which is never trained on, gives each rollout."""
+    def verify(self, handles: Sequence[ScoredHandle]) -> list[float | None]:
+        """Return what the verifier, which is never trained on, gives each rollout; None where it has no verdict."""
         ...
 
 
@@ -102,7 +144,9 @@ class Learners(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
-    def update(self, hands: Sequence[Sequence[Sequence[ScoredHandle]]], *, kl_coef: float, seed: int) -> Metrics:
+    def update(
+        self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
+    ) -> Metrics:
         """Train on hands[rank][mini_batch] and return the metrics of the whole train batch."""
         ...
 
@@ -123,19 +167,26 @@ class WeightSync(Protocol):
         ...
 
 
-class Prompts(Protocol):
-    """Where prompts come from."""
-
-    def next_batch(self, count: int) -> list[Prompt]: ...
-
-
 @dataclass(frozen=True, eq=False)
-class EvaluationResult:
-    """Held-out figures, and the rollouts that they are of."""
+class TrainBatch:
+    """The rollouts of one iteration, scored, and the greedy responses to their prompts where they were asked for."""
 
-    metrics: Metrics
     handles: tuple[ScoredHandle, ...]
-    verdicts: tuple[float, ...] | None  # of the verifier, in the order of the handles
+    prompts: tuple[Prompt, ...]
+    metrics: Metrics
+    greedy: Mapping[int, ScoredHandle] = field(default_factory=dict)  # by prompt id
+
+
+class Rollouts(Protocol):
+    """Where the rollouts of an iteration come from."""
+
+    def next_batch(self, watch: Stopwatch) -> TrainBatch: ...
+
+
+class Shaping(Protocol):
+    """From scores to what is trained on."""
+
+    def __call__(self, batch: TrainBatch) -> tuple[list[ShapedHandle], Metrics]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,17 +225,13 @@ class PPODriver:
         self,
         *,
         algorithm: AlgorithmConfig,
-        generator: GeneratorConfig,
-        evaluation: EvaluationConfig,
-        prompts: Prompts,
-        generators: Generators,
-        rewards: Rewards,
+        rollouts: Rollouts,
+        shaping: Shaping,
         learners: Learners,
         sync: WeightSync,
         seed: int,
     ) -> None:
-        self.algorithm, self.generator, self.evaluation = algorithm, generator, evaluation
-        self.prompts, self.generators, self.rewards = prompts, generators, rewards
+        self.algorithm, self.rollouts, self.shaping = algorithm, rollouts, shaping
         self.learners, self.sync, self.seed = learners, sync, seed
         self.kl = KLController(algorithm.kl_coef, algorithm.kl_target, algorithm.kl_horizon)
         self.step = 0
@@ -198,86 +245,53 @@ class PPODriver:
         watch = Stopwatch()
         with watch.time("step_s"):
             with watch.time("generate_s"):
-                prompts = self.prompts.next_batch(self.algorithm.prompts_per_step)
-                chunks = self.generators.sample(prompts, self._training_sampling())
-                handles = self.rewards.score(timed(chunks, watch, "wait_for_generators_s"))
+                batch = self.rollouts.next_batch(watch)
+                shaped, shaping = self.shaping(batch)
             with watch.time("learn_s"):
-                hands = self._deal(handles, mini_batch_size=self.algorithm.mini_batch_size)
-                learned = self.learners.update(hands, kl_coef=self.kl.coef, seed=derived_seed(self.seed, self.step))
+                seed = derived_seed(self.seed, self.step)
+                hands = dealt(
+                    shaped,
+                    [item.handle.info.num_tokens for item in shaped],
+                    mini_batch_size=self.algorithm.mini_batch_size,
+                    num_ranks=self.learners.num_ranks,
+                    seed=seed,
+                )
+                learned = self.learners.update(hands, kl_coef=self.kl.coef, seed=seed, step=self.step)
             with watch.time("sync_s"):
                 synced = self.sync.push(self.step + 1)
-        self.kl = self.kl.updated(learned["objective/kl"], num_rollouts=len(handles))
+        self.kl = self.kl.updated(learned["objective/kl"], num_rollouts=len(shaped))
         self.step += 1
-        metrics = describe(handles, prefix="rollout") | learned | synced | timings(watch, handles)
-        return Iteration(self.step, metrics, tuple(handles))
-
-    def evaluate(self, prompts: Sequence[Prompt]) -> EvaluationResult:
-        """Sample each held-out prompt once and judge the responses by reward, verifier and KL from the reference."""
-        watch = Stopwatch()
-        with watch.time("evaluate_s"):
-            sampling = Sampling(
-                num_samples=1,
-                temperature=self.evaluation.temperature,
-                max_new_tokens=self.generator.max_new_tokens,
-                seed=derived_seed(self.seed, 2**31),
-            )
-            handles = self.rewards.score(self.generators.sample(prompts, sampling))
-            metrics = describe(handles, prefix="eval")
-            verdicts: tuple[float, ...] | None = None
-            if self.evaluation.verifier is not None:
-                verdicts = tuple(self.rewards.verify(handles))
-                right = [verdict >= self.evaluation.threshold for verdict in verdicts]
-                metrics["eval/accuracy"] = sum(right) / len(right)
-            hands = self._deal(handles, mini_batch_size=len(handles))
-            metrics["eval/kl"] = self.learners.kl_to_reference(
-                [hand[0] for hand in hands], temperature=self.evaluation.temperature
-            )
-        metrics["timing/evaluate_s"] = watch.seconds["evaluate_s"]
-        return EvaluationResult(metrics, tuple(handles), verdicts)
-
-    def _training_sampling(self) -> Sampling:
-        return Sampling(
-            num_samples=self.algorithm.samples_per_prompt,
-            temperature=self.generator.temperature,
-            max_new_tokens=self.generator.max_new_tokens,
-            seed=self.seed,
-        )
-
-    def _deal(self, handles: Sequence[ScoredHandle], *, mini_batch_size: int) -> list[list[list[ScoredHandle]]]:
-        """Return the rollouts as [rank][mini_batch][...], balanced by tokens."""
-        dealt = deal(
-            [handle.info.num_tokens for handle in handles],
-            mini_batch_size=mini_batch_size,
-            num_ranks=self.learners.num_ranks,
-            seed=derived_seed(self.seed, self.step),
-        )
-        return [[[handles[i] for i in members] for members in hand] for hand in dealt]
+        metrics = describe(batch.handles, prefix="rollout") | batch.metrics | shaping | learned | synced
+        return Iteration(self.step, metrics | timings(watch, batch.handles), batch.handles)
 
 
-def timed(chunks: Iterator[Chunk], watch: Stopwatch, name: str) -> Iterator[Chunk]:
-    """Yield the chunks, adding to the watch how long each was waited for."""
-    while True:
-        with watch.time(name):
-            chunk = next(chunks, None)
-        if chunk is None:
-            return
-        yield chunk
+def dealt(
+    items: Sequence[Item], lengths: Sequence[int], *, mini_batch_size: int, num_ranks: int, seed: int
+) -> list[list[list[Item]]]:
+    """Return the items as [rank][mini_batch][...], balanced by their lengths in tokens."""
+    hands = deal(lengths, mini_batch_size=mini_batch_size, num_ranks=num_ranks, seed=seed)
+    return [[[items[i] for i in members] for members in hand] for hand in hands]
 
 
 def describe(handles: Sequence[ScoredHandle], *, prefix: str) -> Metrics:
-    """Return the figures of scored rollouts; scores are `reward/score_*` in training, `eval/score_*` held out."""
+    """Return the figures of scored rollouts; scores are `reward/...` in training, `eval/...` held out."""
     scores = np.array([handle.score for handle in handles])
     lengths = np.array([handle.info.num_response_tokens for handle in handles])
-    score = "reward/score" if prefix == "rollout" else f"{prefix}/score"
-    return {
-        f"{score}_mean": float(scores.mean()),
-        f"{score}_std": float(scores.std()),
+    of_scores = "reward" if prefix == "rollout" else prefix
+    metrics = {
+        f"{of_scores}/score_mean": float(scores.mean()),
+        f"{of_scores}/score_std": float(scores.std()),
         f"{prefix}/response_length_mean": float(lengths.mean()),
         f"{prefix}/response_length_max": float(lengths.max()),
         f"{prefix}/truncated_fraction": float(np.mean([handle.info.truncated for handle in handles])),
         f"{prefix}/num_rollouts": float(len(handles)),
         f"{prefix}/num_tokens": float(sum(handle.info.num_tokens for handle in handles)),
     }
+    for source in handles[0].parts:
+        of_source = np.array([handle.parts[source] for handle in handles])
+        metrics[f"{of_scores}/{source}_mean"] = float(of_source.mean())
+        metrics[f"{of_scores}/{source}_std"] = float(of_source.std())
+    return metrics
 
 
 def timings(watch: Stopwatch, handles: Sequence[ScoredHandle]) -> Metrics:

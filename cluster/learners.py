@@ -5,18 +5,26 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 
 from actors.rollout import Rollout, ScoredRollout
-from cluster.driver import Metrics, ScoredHandle
+from cluster.driver import Metrics, ScoredHandle, ShapedHandle
 from cluster.processes import Placement, collect, peak_resident_mib
 from conf.schema import ClusterConfig
 from learner.zero import Ranks
 
 Item = TypeVar("Item")
-Place = tuple[int, int, float]  # chunk, row in the chunk, score
+
+
+class Place(NamedTuple):
+    """Where a rollout is among the chunks of a call, and what it is trained with."""
+
+    chunk: int
+    row: int
+    score: float
+    baseline: float
 
 
 class RankProcess:
@@ -35,10 +43,10 @@ class RankProcess:
         self.worker = make(setup, ranks)
 
     def update(
-        self, places: Sequence[Sequence[Place]], kl_coef: float, seed: int, *chunks: Sequence[Rollout]
+        self, places: Sequence[Sequence[Place]], kl_coef: float, seed: int, step: int, *chunks: Sequence[Rollout]
     ) -> Metrics:
         metrics: Metrics = self.worker.update(
-            [scored_rollouts(members, chunks) for members in places], kl_coef=kl_coef, seed=seed
+            [scored_rollouts(members, chunks) for members in places], kl_coef=kl_coef, seed=seed, step=step
         )
         return metrics
 
@@ -74,7 +82,7 @@ class RankProcess:
 
 
 def scored_rollouts(places: Sequence[Place], chunks: Sequence[Sequence[Rollout]]) -> list[ScoredRollout]:
-    return [ScoredRollout(chunks[chunk][row], score) for chunk, row, score in places]
+    return [ScoredRollout(chunks[place.chunk][place.row], place.score, place.baseline) for place in places]
 
 
 class RankGroup:
@@ -108,18 +116,20 @@ class RankGroup:
 class LearnerGroup(RankGroup):
     """The ranks of the PPO learner."""
 
-    def update(self, hands: Sequence[Sequence[Sequence[ScoredHandle]]], *, kl_coef: float, seed: int) -> Metrics:
+    def update(
+        self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
+    ) -> Metrics:
         refs = []
         for process, hand in zip(self.processes, hands, strict=True):
             payloads, places = addressed(hand)
-            refs.append(process.update.remote(places, kl_coef, seed, *payloads))
+            refs.append(process.update.remote(places, kl_coef, seed, step, *payloads))
         metrics: Metrics = self._collect(refs, "update")[0]
         return metrics
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
         refs = []
         for process, hand in zip(self.processes, hands, strict=True):
-            payloads, places = addressed([hand])
+            payloads, places = addressed([[ShapedHandle(handle, handle.score, 0.0) for handle in hand]])
             refs.append(process.kl_to_reference.remote(places[0], temperature, *payloads))
         kl: float = self._collect(refs, "evaluation")[0]
         return kl
@@ -156,16 +166,17 @@ class SupervisedGroup(RankGroup):
         return [rows[rank :: self.num_ranks] for rank in range(self.num_ranks)]
 
 
-def addressed(hand: Sequence[Sequence[ScoredHandle]]) -> tuple[list[Any], list[list[Place]]]:
+def addressed(hand: Sequence[Sequence[ShapedHandle]]) -> tuple[list[Any], list[list[Place]]]:
     """Return the chunks that the hand refers to, each once, and every rollout as its place among them."""
     payloads: list[Any] = []
     numbers: dict[int, int] = {}
     places: list[list[Place]] = []
     for members in hand:
         places.append([])
-        for handle in members:
-            if id(handle.chunk) not in numbers:
-                numbers[id(handle.chunk)] = len(payloads)
-                payloads.append(handle.chunk.payload)
-            places[-1].append((numbers[id(handle.chunk)], handle.row, handle.score))
+        for shaped in members:
+            chunk = shaped.handle.chunk
+            if id(chunk) not in numbers:
+                numbers[id(chunk)] = len(payloads)
+                payloads.append(chunk.payload)
+            places[-1].append(Place(numbers[id(chunk)], shaped.handle.row, shaped.score, shaped.baseline))
     return payloads, places

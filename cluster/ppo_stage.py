@@ -1,4 +1,4 @@
-"""The ppo stage: brings up generators, reward actors and learner ranks, and runs the driver over them."""
+"""The ppo stage: brings up its processes and runs the driver over them."""
 
 from __future__ import annotations
 
@@ -6,109 +6,78 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from actors.prompts import PromptSource
-from actors.rollout import Prompt
-from actors.rows import read_rows
-from cluster.driver import EvaluationResult, Metrics, PPODriver, ScoredHandle
-from cluster.generators import GeneratorGroup, GeneratorSetup
-from cluster.learners import LearnerGroup
-from cluster.processes import Placement, collect
+from actors.mixing import held_out_prompts, prompt_source
+from actors.preflight import starts_at_reference
+from actors.rollout import IntArray
+from actors.supervised_rows import ptx_rows
+from cluster.best import BestPolicy
+from cluster.driver import Generators, Metrics, PPODriver, Rollouts, Sampling, ScoredHandle
+from cluster.evaluation import EvaluationResult, Evaluator, signs
+from cluster.monitors import alarm_lines, alarms
+from cluster.partners import Partners
 from cluster.report import before_and_after
-from cluster.rewards import RewardGroup, RewardSetup
+from cluster.rollouts import Prompts, SampledRollouts, VariedGroups, WithGreedyBaselines
 from cluster.run import Handover, Run, load_tokenizer
-from cluster.weight_sync import VerifiedWeightSync
+from cluster.shaping import ScoreShaping
 from conf.schema import Config
-from learner.worker import LearnerSetup, LearnerWorker
 
 SHOWN = {"score": "reward/score_mean", "kl": "objective/kl", "length": "rollout/response_length_mean"}
 NUM_EXAMPLES = 5
 
 
-class Partners:
-    """The three groups of processes of the ppo stage, started side by side."""
-
-    def __init__(self, config: Config, before: Handover, placement: Placement, *, device: str) -> None:
-        cluster, model = config.cluster, before.model
-        assert model.path is not None
-        assert model.tokenizer is not None
-        self.learners = LearnerGroup(
-            placement, LearnerWorker, learner_setup(config, before, device=device), limits=cluster
-        )
-        self.generators = GeneratorGroup(
-            placement,
-            GeneratorSetup(model.path, model.tokenizer, config.generator, device, config.seed, model.trust_remote_code),
-            chunk_size=config.reward.batch_size,
-            limits=cluster,
-        )
-        self.rewards = RewardGroup(
-            placement,
-            RewardSetup(config.reward, before.reward_path, config.evaluation.verifier, device, model.trust_remote_code),
-            limits=cluster,
-        )
-        starting = [*self.learners.starting, *self.generators.starting, *self.rewards.starting]
-        collect(starting, what="starting the processes of the ppo stage", timeout_s=cluster.start_timeout_s)
-        self.sync = VerifiedWeightSync(
-            self.learners,
-            self.generators,
-            dtype=config.generator.dtype,
-            processes_per_generator=config.generator.tensor_parallel_size,
-            timeout_s=cluster.sync_timeout_s,
-        )
-
-    def memory(self) -> dict[str, float]:
-        return self.learners.memory() | self.generators.memory() | self.rewards.memory()
-
-
-def learner_setup(config: Config, before: Handover, *, device: str) -> LearnerSetup:
-    assert before.model.path is not None
-    critic = {"reward": before.reward_path, "policy": before.model.path}
-    critic_path = critic.get(config.learner.critic_init, config.learner.critic_init)
-    assert critic_path is not None, "checked with the settings"
-    return LearnerSetup(
-        model=before.model,
-        algorithm=config.algorithm,
-        learner=config.learner,
-        critic_path=critic_path,
-        temperature=config.generator.temperature,
-        device=device,
-        seed=config.seed,
-        collective_timeout_s=config.cluster.call_timeout_s,
-    )
-
-
 def run_ppo(run: Run, before: Handover) -> Handover:
     """Train the policy against its reward and leave policy and critic in `export`."""
-    config = run.config
-    source, held_out = prompts_of(config, before)
-    if source.num_dropped:
-        run.console.note(f"{source.num_dropped} prompts of more than {config.data.max_prompt_tokens} tokens left out")
+    config, model = run.config, before.model
+    assert model.tokenizer is not None
+    tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
+    source = prompt_source(config.data, tokenizer, seed=config.seed)
+    held_out = held_out_prompts(config.data, tokenizer, config.evaluation.num_prompts)
+    for name, count in source.dropped:
+        if count == 0:
+            continue
+        run.console.note(f"{count} prompts of more than {config.data.max_prompt_tokens} tokens left out of {name}")
+    text: tuple[IntArray, ...] = ()
+    if config.algorithm.ptx.coef > 0:
+        text = tuple(ptx_rows(config.algorithm.ptx, tokenizer))
     with (
         run.session.placed("learner", "generator", "reward") as placement,
         run.console.stage("ppo", config.algorithm.num_steps) as progress,
     ):
-        partners = Partners(config, before, placement, device=run.session.device)
+        partners = Partners(config, before, placement, ptx_rows=text, device=run.session.device)
+        evaluator = Evaluator(config, held_out, partners.generators, partners.rewards, learners=partners.learners)
         driver = PPODriver(
             algorithm=config.algorithm,
-            generator=config.generator,
-            evaluation=config.evaluation,
-            prompts=source,
-            generators=partners.generators,
-            rewards=partners.rewards,
+            rollouts=rollouts_of(config, source, partners),
+            shaping=ScoreShaping(config.reward.shaping, max_new_tokens=config.generator.max_new_tokens),
             learners=partners.learners,
             sync=partners.sync,
             seed=config.seed,
         )
+        best = BestPolicy(config.evaluation, run.dir / "checkpoints" / "best", partners.learners.export)
+        raised: set[str] = set()
+        first = last = None
+        if starts_at_reference(config):
+            evaluator.compare_with(evaluator.evaluate())  # the generators hold the reference until the first sync
         started = driver.start() | {"rollout/num_prompts_dropped": float(source.num_dropped)}
-        first = last = driver.evaluate(held_out) if held_out else None
-        run.tracker.log("ppo", 0, started | (first.metrics if first else {}))
+        if held_out:
+            first = last = evaluator.evaluate()
+            started |= first.metrics
+            if not starts_at_reference(config):
+                started |= evaluator.compare_with(first)
+            started |= best.offer(0, started)
+        run.tracker.log("ppo", 0, started)
         for step in range(1, config.algorithm.num_steps + 1):
             iteration = driver.iterate()
-            metrics = iteration.metrics | partners.memory()
+            metrics = iteration.metrics | signs(iteration.handles, prefix="monitor") | partners.memory()
             if held_out and is_due(step, config.evaluation.every, last_step=config.algorithm.num_steps):
-                last = driver.evaluate(held_out)
-                metrics |= last.metrics
-            run.tracker.log("ppo", step, metrics)
-            run.tracker.samples("ppo", step, samples(partners, iteration.handles[: config.tracking.samples_per_step]))
+                last = evaluator.evaluate()
+                metrics |= last.metrics | best.offer(step, last.metrics)
+            for line in set(alarm_lines(metrics, config.monitors)) - raised:
+                run.console.note(f"step {step}: {line}")
+            run.tracker.log("ppo", step, metrics | alarms(metrics, config.monitors))
+            if config.tracking.samples_per_step:
+                shown_handles = iteration.handles[: config.tracking.samples_per_step]
+                run.tracker.samples("ppo", step, samples(partners.generators, shown_handles))
             if is_due(step, config.tracking.export_every):
                 partners.learners.export(run.dir / "checkpoints" / f"step_{step:06d}")
             progress.advance(**shown(metrics, last))
@@ -118,22 +87,30 @@ def run_ppo(run: Run, before: Handover) -> Handover:
             return after
         return replace(
             after.with_summary(**before_and_after(first.metrics, last.metrics)),
-            examples=examples(partners, first, last, threshold=config.evaluation.threshold),
+            examples=examples(partners.generators, first, last, threshold=config.evaluation.threshold),
         )
 
 
-def prompts_of(config: Config, before: Handover) -> tuple[PromptSource, list[Prompt]]:
-    """Return where training prompts come from, and the held-out ones, none if the settings name none."""
-    data = config.data
-    assert before.model.tokenizer is not None
-    assert data.path is not None
-    tokenizer = load_tokenizer(before.model.tokenizer, trust_remote_code=before.model.trust_remote_code)
-    source = PromptSource(read_rows(data.path, data.split), tokenizer, data, seed=config.seed)
-    if data.eval_path is None:
-        return source, []
-    rows = read_rows(data.eval_path, data.eval_split, key="data.eval_path")
-    held_out = PromptSource(rows, tokenizer, replace(data, path=data.eval_path), seed=config.seed)
-    return source, held_out.take(config.evaluation.num_prompts)
+def rollouts_of(config: Config, prompts: Prompts, partners: Partners) -> Rollouts:
+    """Return where the rollouts of an iteration come from, as the algorithm asks."""
+    algorithm = config.algorithm
+    sampled = SampledRollouts(
+        prompts,
+        partners.generators,
+        partners.rewards,
+        sampling=Sampling(
+            num_samples=algorithm.samples_per_prompt,
+            temperature=config.generator.temperature,
+            max_new_tokens=config.generator.max_new_tokens,
+            seed=config.seed,
+        ),
+        prompts_per_step=algorithm.prompts_per_step,
+    )
+    if algorithm.filter_groups:
+        return VariedGroups(sampled, max_rounds=algorithm.filter_max_rounds)
+    if algorithm.estimator == "remax":
+        return WithGreedyBaselines(sampled)
+    return sampled
 
 
 def is_due(step: int, every: int, *, last_step: int | None = None) -> bool:
@@ -149,7 +126,7 @@ def shown(metrics: Metrics, last: EvaluationResult | None) -> Metrics:
     return few
 
 
-def samples(partners: Partners, handles: Sequence[ScoredHandle]) -> list[dict[str, Any]]:
+def samples(generators: Generators, handles: Sequence[ScoredHandle]) -> list[dict[str, Any]]:
     """Return a row for samples.jsonl for each of the rollouts, with its own score."""
     return [
         {
@@ -159,25 +136,34 @@ def samples(partners: Partners, handles: Sequence[ScoredHandle]) -> list[dict[st
             "prompt": rollout.prompt.text,
             "response": rollout.text,
             "score": handle.score,
+            "parts": dict(handle.parts),
             "finish_reason": rollout.finish_reason,
             "num_response_tokens": len(rollout.response_ids),
         }
-        for handle, rollout in zip(handles, partners.generators.read(handles), strict=True)
+        for handle, rollout in zip(handles, generators.read(handles), strict=True)
     ]
 
 
 def examples(
-    partners: Partners, first: EvaluationResult, last: EvaluationResult, *, threshold: float
+    generators: Generators, first: EvaluationResult, last: EvaluationResult, *, threshold: float
 ) -> tuple[dict[str, Any], ...]:
     """Return the first few held-out prompts with what was answered before and after, for the closing report."""
-    count = min(NUM_EXAMPLES, len(first.handles))
+    first_rows, last_rows = (
+        {
+            (handle.info.prompt_id, handle.info.sample): (handle, None if verdicts is None else verdicts[index])
+            for index, handle in enumerate(result.handles)
+        }
+        for result, verdicts in ((first, first.verdicts), (last, last.verdicts))
+    )
+    both = [key for key in first_rows if key in last_rows and key[1] == 0][:NUM_EXAMPLES]
     rows = []
-    before, after = (samples(partners, evaluation.handles[:count]) for evaluation in (first, last))
-    for index in range(count):
-        row: dict[str, Any] = {"prompt": before[index]["question"]}
-        for when, sample, evaluation in (("before", before[index], first), ("after", after[index], last)):
+    before = samples(generators, [first_rows[key][0] for key in both])
+    after = samples(generators, [last_rows[key][0] for key in both])
+    for key, old, new in zip(both, before, after, strict=True):
+        row: dict[str, Any] = {"prompt": old["question"]}
+        for when, sample, verdict in (("before", old, first_rows[key][1]), ("after", new, last_rows[key][1])):
             row |= {when: sample["response"], f"score_{when}": sample["score"]}
-            if evaluation.verdicts is not None:
-                row[f"right_{when}"] = evaluation.verdicts[index] >= threshold
+            if verdict is not None:
+                row[f"right_{when}"] = verdict >= threshold
         rows.append(row)
     return tuple(rows)

@@ -18,7 +18,29 @@ from numpy.typing import NDArray
 
 from cluster.tracking import to_json
 
-_TRAIN, _HELD_OUT, _OTHER = "#2a6fbb", "#d1495b", "#8a8d91"
+TRAIN, HELD_OUT, OTHER = "#2a6fbb", "#d1495b", "#8a8d91"
+# What all pictures look like, as matplotlib's rcParams.
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": "#444444",
+    "axes.edgecolor": "#b0b0b0",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e8e8e8",
+    "xtick.color": "#b0b0b0",
+    "ytick.color": "#b0b0b0",
+    "xtick.labelcolor": "#444444",
+    "ytick.labelcolor": "#444444",
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.7,
+    "legend.fontsize": 9,
+}
 _COLUMNS = 3
 _PANEL_INCHES = (3.7, 2.6)
 _SMOOTH_ABOVE = 60  # points from which a curve is drawn pale with its moving mean over it
@@ -39,7 +61,7 @@ class Curve:
 
     key: str
     label: str
-    color: str = _TRAIN
+    color: str = TRAIN
     points: bool = False
 
 
@@ -57,13 +79,13 @@ PANELS = (
         "sft",
         "SFT: loss",
         "nats per token",
-        (Curve("sft/loss", "training"), Curve("sft/eval_loss", "held out", _HELD_OUT, points=True)),
+        (Curve("sft/loss", "training"), Curve("sft/eval_loss", "held out", HELD_OUT, points=True)),
     ),
     Panel(
         "reward",
         "Reward model: loss",
         "nats per pair",
-        (Curve("reward_model/loss", "training"), Curve("reward_model/eval_loss", "held out", _HELD_OUT, points=True)),
+        (Curve("reward_model/loss", "training"), Curve("reward_model/eval_loss", "held out", HELD_OUT, points=True)),
     ),
     Panel(
         "reward",
@@ -71,7 +93,7 @@ PANELS = (
         "pairs ordered right",
         (
             Curve("reward_model/accuracy", "training"),
-            Curve("reward_model/eval_accuracy", "held out", _HELD_OUT, points=True),
+            Curve("reward_model/eval_accuracy", "held out", HELD_OUT, points=True),
         ),
         "share",
     ),
@@ -79,20 +101,20 @@ PANELS = (
         "ppo",
         "PPO: reward score",
         "mean score",
-        (Curve("reward/score_mean", "training"), Curve("eval/score_mean", "held out", _HELD_OUT, points=True)),
+        (Curve("reward/score_mean", "training"), Curve("eval/score_mean", "held out", HELD_OUT, points=True)),
     ),
     Panel(
         "ppo",
         "PPO: held-out accuracy",
         "prompts answered right",
-        (Curve("eval/accuracy", "held out", _HELD_OUT, points=True),),
+        (Curve("eval/accuracy", "held out", HELD_OUT, points=True),),
         "share",
     ),
     Panel(
         "ppo",
         "PPO: KL to the reference",
         "nats per response",
-        (Curve("objective/kl", "training"), Curve("eval/kl", "held out", _HELD_OUT, points=True)),
+        (Curve("objective/kl", "training"), Curve("eval/kl", "held out", HELD_OUT, points=True)),
     ),
     Panel(
         "ppo",
@@ -100,21 +122,21 @@ PANELS = (
         "tokens",
         (
             Curve("rollout/response_length_mean", "training"),
-            Curve("eval/response_length_mean", "held out", _HELD_OUT, points=True),
+            Curve("eval/response_length_mean", "held out", HELD_OUT, points=True),
         ),
     ),
     Panel(
         "ppo",
         "PPO: clipped",
         "share of tokens",
-        (Curve("policy/clipfrac", "policy"), Curve("critic/clipfrac", "critic", _OTHER)),
+        (Curve("policy/clipfrac", "policy"), Curve("critic/clipfrac", "critic", OTHER)),
         "percent",
     ),
     Panel(
         "ppo",
         "PPO: engine against learner",
         "|Δ log-probability|",
-        (Curve("sync/logprob_gap_max", "largest", _OTHER), Curve("sync/logprob_gap_mean", "mean")),
+        (Curve("sync/logprob_gap_max", "largest", OTHER), Curve("sync/logprob_gap_mean", "mean")),
         "log",
     ),
 )
@@ -155,28 +177,7 @@ def draw_curves(metrics_path: Path, out_path: Path) -> None:
         raise ValueError(f"{metrics_path} holds no figures to draw")
     columns = min(_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
-    style = {
-        "font.size": 10,
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelcolor": "#444444",
-        "axes.edgecolor": "#b0b0b0",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "axes.axisbelow": True,
-        "grid.color": "#e8e8e8",
-        "xtick.color": "#b0b0b0",
-        "ytick.color": "#b0b0b0",
-        "xtick.labelcolor": "#444444",
-        "ytick.labelcolor": "#444444",
-        "legend.edgecolor": "none",
-        "legend.framealpha": 0.7,
-        "legend.fontsize": 9,
-    }
-    with rc_context(style):
+    with rc_context(STYLE):
         size = (columns * _PANEL_INCHES[0], rows * _PANEL_INCHES[1] + 0.15)
         figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
         smoothed = [
@@ -253,9 +254,7 @@ def _draw_panel(axes: Any, panel: Panel, steps: Sequence[Step]) -> bool:
     if len(drawn) > 1:
         axes.legend(handlelength=1.4)
     if lost := sum(int((~np.isfinite(values)).sum()) for _, _, values in drawn):
-        axes.text(
-            0.98, 0.05, f"{lost} not finite", transform=axes.transAxes, ha="right", color=_HELD_OUT, weight="bold"
-        )
+        axes.text(0.98, 0.05, f"{lost} not finite", transform=axes.transAxes, ha="right", color=HELD_OUT, weight="bold")
     return any(smoothed)
 
 

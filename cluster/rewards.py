@@ -1,4 +1,4 @@
-"""The reward actors: reward models or functions as Ray processes behind one typed facade."""
+"""The reward actors: the reward sources as Ray processes behind one typed facade."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.rollout import Rollout
-from cluster.driver import Chunk, Metrics, ScoredHandle
+from cluster.driver import Chunk, Metrics, ScoredHandle, Scoring
 from cluster.processes import Placement, collect, peak_resident_mib
 from conf.schema import ClusterConfig, RewardConfig
 
@@ -17,34 +17,37 @@ class RewardSetup:
     """What every reward actor is built from."""
 
     config: RewardConfig
-    path: str | None  # of a reward model
+    trained: str | None  # the checkpoint that a reward stage made
     verifier: str | None
     device: str
     trust_remote_code: bool
 
 
 class RewardProcess:
-    """One reward source, and the verifier of the evaluation, in a process of their own."""
+    """The reward sources, and the verifier of the evaluation, in a process of their own."""
 
     def __init__(self) -> None:
-        self.source: Any = None
+        self.rewards: Any = None
         self.verifier: Any = None
 
     def start(self, setup: RewardSetup) -> None:
-        from actors.reward import FunctionReward, make_reward_source
+        from actors.reward import FunctionReward, Rewards
 
-        self.source = make_reward_source(
-            setup.config, path=setup.path, device=setup.device, trust_remote_code=setup.trust_remote_code
+        self.rewards = Rewards(
+            setup.config, trained=setup.trained, device=setup.device, trust_remote_code=setup.trust_remote_code
         )
         if setup.verifier is not None:
             self.verifier = FunctionReward(setup.verifier, key="evaluation.verifier")
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[float]:
-        scores: list[float] = self.source.score(rollouts)
-        return scores
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[list[Any], int]:
+        """Return what each rollout is worth (actors.reward.Judged), and how often a source was asked again for them."""
+        before = self.rewards.num_retries
+        judged: list[Any] = self.rewards.score(rollouts)
+        return judged, self.rewards.num_retries - before
 
-    def verify(self, rollouts: Sequence[Rollout]) -> list[float]:
-        verdicts: list[float] = self.verifier.score(rollouts)
+    def verify(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Return the verifier's verdict on each rollout, None where it has none."""
+        verdicts: list[float | None] = self.verifier.verify(rollouts)
         return verdicts
 
     def peak_resident_mib(self) -> float:
@@ -59,21 +62,17 @@ class RewardGroup:
         self.limits = limits
         self.starting = [process.start.remote(setup) for process in self.processes]
 
-    def score(self, chunks: Iterable[Chunk]) -> list[ScoredHandle]:
+    def score(self, chunks: Iterable[Chunk]) -> Scoring:
         taken, refs = [], []
         for number, chunk in enumerate(chunks):
             process = self.processes[number % len(self.processes)]
             taken.append(chunk)
             refs.append(process.score.remote(chunk.payload))
-        scores = collect(refs, what="scoring", timeout_s=self.limits.call_timeout_s)
-        handles = [
-            ScoredHandle(info, chunk, row, score)
-            for chunk, of_chunk in zip(taken, scores, strict=True)
-            for row, (info, score) in enumerate(zip(chunk.infos, of_chunk, strict=True))
-        ]
-        return sorted(handles, key=lambda handle: (handle.info.prompt_id, handle.info.sample))
+        answers = collect(refs, what="scoring", timeout_s=self.limits.call_timeout_s)
+        judged, retries = [of_chunk for of_chunk, _ in answers], [count for _, count in answers]
+        return Scoring.of(taken, judged, num_retries=sum(retries))
 
-    def verify(self, handles: Sequence[ScoredHandle]) -> list[float]:
+    def verify(self, handles: Sequence[ScoredHandle]) -> list[float | None]:
         chunks = list({id(handle.chunk): handle.chunk for handle in handles}.values())
         refs = [
             self.processes[number % len(self.processes)].verify.remote(chunk.payload)

@@ -29,7 +29,8 @@ class Handover:
     """What the stages so far leave for the next one and for the summary."""
 
     model: ModelConfig  # the policy as it stands: `tokenizer` is set, and `path` or `init_config`
-    reward_path: str | None  # the reward model, None where a function scores
+    reward_path: str | None = None  # the reward model that the reward stage has made
+    critic_start: str | None = None  # the reward model that a critic may start from
     summary: dict[str, Any] = field(default_factory=dict)
     examples: tuple[dict[str, Any], ...] = ()  # held-out prompts with the responses before and after PPO
 
@@ -39,7 +40,10 @@ class Handover:
         model = config.model
         if model.init_config is None:
             model = replace(model, path=start)
-        return Handover(replace(model, tokenizer=model.tokenizer or start), config.reward.path)
+        scoring = [source.path for source in config.reward.sources if source.type == "model"]
+        return Handover(
+            replace(model, tokenizer=model.tokenizer or start), critic_start=scoring[0] if scoring else None
+        )
 
     def with_policy(self, path: Path) -> Handover:
         """Return the same after a stage that has trained the policy."""

@@ -18,6 +18,7 @@ from cluster.processes import Placement
 from conf.schema import ClusterConfig, GeneratorConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
+PASSED_ON = ("MANTA_REWARD_TOKEN",)  # what reward actors on other nodes need of this process's environment
 OBJECT_STORE_BYTES = 256 << 20  # of a cluster of its own on a CPU machine: rollouts are small
 
 
@@ -58,7 +59,7 @@ def process_environment(cluster: ClusterConfig, device: str) -> dict[str, str]:
     if device == "cpu":
         # Spinning OpenMP threads make every process on a busy machine many times slower.
         environment |= {"OMP_NUM_THREADS": str(cluster.threads), "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
-    return environment
+    return environment | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
 def python_path() -> str:

@@ -9,16 +9,19 @@ from pathlib import Path
 
 from actors.tasks import write_task_files
 from cluster.console import Console
+from cluster.eval_stage import run_eval
+from cluster.frontier import frontier_points, frontier_table, write_frontier
 from cluster.ppo_stage import run_ppo
 from cluster.processes import ProcessError
-from cluster.report import draw_curves, write_summary
+from cluster.report import draw_curves, read_metrics, write_summary
+from cluster.rollouts import NothingToLearnError
 from cluster.run import Handover, Run
 from cluster.session import Stopped, ray_session, stop_signals
 from cluster.supervised_stage import run_reward, run_sft
 from cluster.tracking import Tracker
 from conf.schema import Config
 
-STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "eval": run_eval}
 
 
 def run(config: Config, run_dir: Path) -> int:
@@ -45,7 +48,7 @@ def run(config: Config, run_dir: Path) -> int:
     except Stopped as stopped:
         console.note(f"stopped by {stopped}; what there is so far is in {run_dir}")
         return stopped.exit_code
-    except ProcessError as error:
+    except (ProcessError, NothingToLearnError) as error:
         console.note(f"the run failed: {error}\nwhat there is so far is in {run_dir}")
         return 1
     summary = handover.summary | {
@@ -57,6 +60,10 @@ def run(config: Config, run_dir: Path) -> int:
     }
     write_summary(run_dir / "summary.json", summary)
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    points = frontier_points(read_metrics(run_dir / "metrics.jsonl"))
+    if len(points) > 1:
+        write_frontier(points, run_dir)
+        console.table(frontier_table(points))
     console.report(summary, handover.examples, run_dir)
     return 0
 

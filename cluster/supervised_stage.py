@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from actors.prompts import preference_pairs, supervised_examples
 from actors.rows import read_rows
+from actors.supervised_rows import preference_pairs, supervised_examples
 from cluster.driver import Metrics, derived_seed
 from cluster.learners import SupervisedGroup
 from cluster.processes import collect
 from cluster.run import Handover, Run, context_length, load_tokenizer
 from conf.check import starting_model
 from conf.schema import ConfigError, ModelConfig, RewardTrainingConfig, SupervisedConfig
-from learner.supervised import RewardModelWorker, SFTWorker, SupervisedSetup
+from learner.reward_training import RewardModelWorker
+from learner.sft import SFTWorker
+from learner.supervised import SupervisedSetup
 
 Row = TypeVar("Row")
+Reader = Callable[[str, str, str], list[Any]]  # path, split, and the key of the setting that names them -> rows
+
+
+@dataclass(frozen=True)
+class SupervisedStage:
+    """What tells the two stages apart."""
+
+    name: str
+    section: str  # of the settings
+    worker: Callable[..., Any]
+    shown: tuple[str, ...]  # metrics of the progress bar
+    judged: str  # the held-out metric that may end the stage early
+
+
+SFT = SupervisedStage("sft", "sft", SFTWorker, ("sft/loss", "sft/token_accuracy"), "sft/eval_token_accuracy")
+REWARD = SupervisedStage(
+    "reward",
+    "reward_training",
+    RewardModelWorker,
+    ("reward_model/loss", "reward_model/accuracy"),
+    "reward_model/eval_accuracy",
+)
 
 
 def run_sft(run: Run, before: Handover) -> Handover:
@@ -34,8 +58,7 @@ def run_sft(run: Run, before: Handover) -> Handover:
         rows = read_rows(path, split, key=key)
         return list(supervised_examples(rows, tokenizer, config.data, source=(key, path), max_tokens=longest))
 
-    shown, judged = ("sft/loss", "sft/token_accuracy"), "sft/eval_token_accuracy"
-    folder, metrics = train(run, "sft", config.sft, SFTWorker, model, read, shown=shown, judged=judged)
+    folder, metrics = train(run, SFT, config.sft, model, read)
     return before.with_policy(folder).with_summary(**{name: metrics[name] for name in metrics if "/eval_" in name})
 
 
@@ -51,44 +74,31 @@ def run_reward(run: Run, before: Handover) -> Handover:
     assert model.tokenizer is not None
     tokenizer = load_tokenizer(model.tokenizer, trust_remote_code=model.trust_remote_code)
     longest = context_length(model)
+    template = next((s.chat_template for s in config.reward.sources if s.type == "model" and s.path is None), None)
 
     def read(path: str, split: str, key: str) -> list[Any]:
         rows = read_rows(path, split, key=key)
-        template = config.reward.chat_template
         return list(
             preference_pairs(
                 rows, tokenizer, config.data, chat_template=template, source=(key, path), max_tokens=longest
             )
         )
 
-    shown, judged = ("reward_model/loss", "reward_model/accuracy"), "reward_model/eval_accuracy"
-    folder, metrics = train(run, "reward", settings, RewardModelWorker, model, read, shown=shown, judged=judged)
-    after = replace(before, reward_path=str(folder))
+    folder, metrics = train(run, REWARD, settings, model, read)
+    after = replace(before, reward_path=str(folder), critic_start=str(folder))
     return after.with_summary(**{name: metrics[name] for name in metrics if "/eval_" in name})
 
 
 def train(
-    run: Run,
-    stage: str,
-    settings: SupervisedConfig,
-    worker: Callable[..., Any],
-    model: ModelConfig,
-    read: Callable[[str, str, str], list[Any]],
-    *,
-    shown: tuple[str, ...],
-    judged: str,
+    run: Run, stage: SupervisedStage, settings: SupervisedConfig, model: ModelConfig, read: Reader
 ) -> tuple[Path, Metrics]:
-    """Train one network and return its checkpoint and the metrics of the last step.
-
-    `shown` are the metrics of the progress bar and `judged` is the held-out one that may end the stage early.
-    """
+    """Train one network and return its checkpoint and the metrics of the last step."""
     config, session = run.config, run.session
-    section = "sft" if stage == "sft" else "reward_training"
     assert settings.data_path is not None
-    rows = read(settings.data_path, config.data.split, f"{section}.data_path")
+    rows = read(settings.data_path, config.data.split, f"{stage.section}.data_path")
     held_out = []
     if settings.eval_path is not None:
-        held_out = read(settings.eval_path, config.data.eval_split, f"{section}.eval_path")
+        held_out = read(settings.eval_path, config.data.eval_split, f"{stage.section}.eval_path")
     setup = SupervisedSetup(
         model=model,
         learner=config.learner,
@@ -96,22 +106,23 @@ def train(
         num_steps=settings.num_steps,
         device=session.device,
         seed=config.seed,
+        lora=settings.lora,
         center_coef=settings.center_coef if isinstance(settings, RewardTrainingConfig) else 0.0,
         collective_timeout_s=config.cluster.call_timeout_s,
     )
-    folder = run.dir / "checkpoints" / stage
-    with session.placed("learner") as placement, run.console.stage(stage, settings.num_steps) as progress:
-        group = SupervisedGroup(placement, worker, setup, limits=config.cluster)
-        collect(group.starting, what=f"starting the {stage} stage", timeout_s=config.cluster.start_timeout_s)
+    folder = run.dir / "checkpoints" / stage.name
+    with session.placed("learner") as placement, run.console.stage(stage.name, settings.num_steps) as progress:
+        group = SupervisedGroup(placement, stage.worker, setup, limits=config.cluster)
+        collect(group.starting, what=f"starting the {stage.name} stage", timeout_s=config.cluster.start_timeout_s)
         batches = endless_batches(rows, settings.batch_size, seed=derived_seed(config.seed, 1))
         metrics: Metrics = {}
         for step in range(1, settings.num_steps + 1):
             metrics = group.train_step(next(batches))
             if held_out and (step % settings.eval_every == 0 or step == settings.num_steps):
                 metrics |= group.evaluate(held_out)
-            run.tracker.log(stage, step, metrics)
-            progress.advance(**{name.split("/")[-1]: metrics[name] for name in shown})
-            if settings.stop_accuracy is not None and metrics.get(judged, 0.0) >= settings.stop_accuracy:
+            run.tracker.log(stage.name, step, metrics)
+            progress.advance(**{name.split("/")[-1]: metrics[name] for name in stage.shown})
+            if settings.stop_accuracy is not None and metrics.get(stage.judged, 0.0) >= settings.stop_accuracy:
                 break
         group.export(folder)
     return folder, metrics

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from conf.schema import Config, ConfigError
+from conf.schema.rules import without_effect
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "export")
@@ -19,6 +20,8 @@ def check(config: Config) -> None:
     _check_stages(config)
     _check_data(config)
     _check_reward(config)
+    _check_algorithm(config)
+    _check_evaluation(config)
     _check_paths(config)
     if config.run.dir is not None:
         _check_run_dir(Path(config.run.dir))
@@ -63,7 +66,7 @@ def _check_stages(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     data, task = config.data, config.data.task.name
-    if "ppo" in config.stages and data.path is None and task is None:
+    if "ppo" in config.stages and data.path is None and not data.sources and task is None:
         remedy = (
             "set it to a jsonl or parquet file or a Hugging Face dataset, or data.task.name to a reasoning-gym task"
         )
@@ -77,26 +80,61 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"{key}.stop_accuracy", supervised.stop_accuracy, remedy)
     if data.path is not None and task is not None:
         raise ConfigError("data.path", data.path, f"set either this or data.task.name={task!r}, the other to null")
-    if config.evaluation.verifier is not None and data.eval_path is None and task is None:
-        remedy = "has no held-out prompts to judge; set data.eval_path"
-        raise ConfigError("evaluation.verifier", config.evaluation.verifier, remedy)
+    if data.sources and task is not None:
+        paths = [source.path for source in data.sources]
+        raise ConfigError("data.sources", paths, f"set either this or data.task.name={task!r}, the other to null")
+
+
+def _check_evaluation(config: Config) -> None:
+    evaluation, held_out = config.evaluation, config.data.eval_path is not None or config.data.task.name is not None
+    if "eval" in config.stages and not held_out:
+        raise ConfigError("data.eval_path", None, "the eval stage needs held-out prompts; set it")
+    for name in ("verifier", "best_metric"):
+        if getattr(evaluation, name) is not None and not held_out:
+            remedy = "has no held-out prompts to judge; set data.eval_path"
+            raise ConfigError(f"evaluation.{name}", getattr(evaluation, name), remedy)
 
 
 def _check_reward(config: Config) -> None:
-    if "ppo" not in config.stages:
+    if not {"ppo", "eval"} & set(config.stages):
         return
-    reward, trained = config.reward, "reward" in config.stages
-    if trained:
-        for key, value in (("reward.path", reward.path), ("reward.function", reward.function)):
-            if value is not None:
-                remedy = f"the reward stage trains the reward model of the ppo stage; set {key}=null or leave it out"
-                raise ConfigError(key, value, f"{remedy}, or take reward out of stages")
-    elif reward.path is None and reward.function is None:
-        remedy = "set it to a reward model, or set reward.function=module:function, or add reward to stages"
-        raise ConfigError("reward.path", None, f"the ppo stage needs scores; {remedy}")
-    if reward.function is not None and config.learner.critic_init == "reward":
-        remedy = "a reward function has no weights for the critic to start from; set learner.critic_init=policy"
+    sources, trained = config.reward.sources, "reward" in config.stages
+    without_path = [i for i, source in enumerate(sources) if source.type == "model" and source.path is None]
+    if trained and sources and len(without_path) != 1:
+        remedy = "the reward stage trains a reward model; give one source of type model no path, for it, or none at all"
+        raise ConfigError("reward.sources", [source.label for source in sources], remedy)
+    if not trained and without_path:
+        remedy = "set it to a reward model, or add reward to stages, which trains one"
+        raise ConfigError(f"reward.sources[{without_path[0]}].path", None, remedy)
+    if not trained and not sources:
+        remedy = "name a source, for example '[{type: model, path: ...}]', or add reward to stages, which trains one"
+        raise ConfigError("reward.sources", [], f"rollouts need a score; {remedy}")
+    algorithm, learner = config.algorithm, config.learner
+    if "ppo" not in config.stages or not algorithm.has_critic or learner.critic_network == "shared":
+        return
+    if learner.critic_init == "reward" and not trained and all(source.type != "model" for source in sources):
+        remedy = "there is no reward model for the critic to start from; set learner.critic_init=policy"
         raise ConfigError("learner.critic_init", "reward", remedy)
+
+
+def _check_algorithm(config: Config) -> None:
+    """What the algorithm asks of the other sections."""
+    algorithm, learner, shaping = config.algorithm, config.learner, config.reward.shaping
+    if learner.critic_network == "shared":
+        if not algorithm.has_critic:
+            remedy = f"has no effect with algorithm.estimator={algorithm.estimator}, which has no critic"
+            raise ConfigError("learner.critic_network", "shared", remedy)
+        if algorithm.critic_warmup_steps:
+            remedy = "a critic on the policy's own network cannot learn alone; set learner.critic_network=separate"
+            raise ConfigError("algorithm.critic_warmup_steps", algorithm.critic_warmup_steps, remedy)
+    else:
+        without_effect(algorithm, "algorithm", ("value_coef",), "with learner.critic_network=separate")
+    if learner.ema_decay is not None and learner.offload_parameters == "nvme":
+        remedy = "the average reads weights that are in memory; set learner.offload_parameters=cpu or none"
+        raise ConfigError("learner.ema_decay", learner.ema_decay, remedy)
+    if shaping.overlong_tokens > config.generator.max_new_tokens:
+        remedy = f"is more than generator.max_new_tokens={config.generator.max_new_tokens}"
+        raise ConfigError("reward.shaping.overlong_tokens", shaping.overlong_tokens, remedy)
 
 
 def _check_paths(config: Config) -> None:
@@ -106,12 +144,14 @@ def _check_paths(config: Config) -> None:
         "model.path": model.path,
         "model.tokenizer": model.tokenizer,
         "model.reference": model.reference,
-        "reward.path": config.reward.path,
+        "algorithm.ptx.path": config.algorithm.ptx.path,
         "sft.model_path": config.sft.model_path,
         "reward_training.model_path": config.reward_training.model_path,
         "data.path": data.path,
         "data.eval_path": data.eval_path,
     }
+    named |= {f"reward.sources[{number}].path": source.path for number, source in enumerate(config.reward.sources)}
+    named |= {f"data.sources[{number}].path": source.path for number, source in enumerate(data.sources)}
     for key, supervised in (("sft", config.sft), ("reward_training", config.reward_training)):
         named |= {f"{key}.data_path": supervised.data_path, f"{key}.eval_path": supervised.eval_path}
     if config.learner.critic_init not in ("reward", "policy"):

@@ -8,8 +8,10 @@ ConfigError.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -23,6 +25,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from conf.schema import Config, ConfigError
+from conf.schema.engines import REFUSED
 
 FOLDER = Path(__file__).parent
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
@@ -43,15 +46,21 @@ def typed_config(values: Mapping[str, Any]) -> Config:
     Raises ConfigError naming the full key.
     """
     _check_keys(values, Config)
-    schema = OmegaConf.structured(Config)
-    _make_writable(schema)
+    return _build(Config, _merged(Config, values, resolve=True))
+
+
+def _merged(section: type, values: Mapping[str, Any], prefix: str = "", *, resolve: bool) -> dict[str, Any]:
+    """The defaults of the dataclass `section` with `values` in their place; ConfigError for one of another type.
+
+    Interpolations are resolved within `values`, or left as they are.
+    """
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(schema, dict(values)), resolve=True)
+        merged = OmegaConf.to_container(OmegaConf.merge(_schema(section), dict(values)), resolve=resolve)
     except OmegaConfBaseException as error:
-        key, message = error.full_key or "", str(error).splitlines()[0]
-        expected = None if isinstance(error, InterpolationResolutionError) else _expected(key)
-        raise ConfigError(key, _value_at(values, key), expected or message) from error
-    return _build(Config, cast(dict[str, Any], merged))
+        key, message = re.sub(r"\[\d+\]$", "", error.full_key or ""), str(error).splitlines()[0]
+        expected = None if isinstance(error, InterpolationResolutionError) else _expected(section, key)
+        raise ConfigError(f"{prefix}{key}", _value_at(values, key), expected or message) from error
+    return cast(dict[str, Any], merged)
 
 
 def to_yaml(config: Config) -> str:
@@ -68,7 +77,8 @@ def group_options() -> dict[str, list[str]]:
 def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     """What the YAML files and the overrides say, not yet checked against the schema."""
     try:
-        prepared = [_prepare(override) for override in OverridesParser.create().parse_overrides(list(overrides))]
+        parsed = OverridesParser.create().parse_overrides([_dotted(override) for override in overrides])
+        prepared = [_prepare(override) for override in parsed]
         with initialize_config_dir(str(FOLDER), job_name="launch", version_base="1.3"):
             composed = compose("config", prepared, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
@@ -77,6 +87,12 @@ def _compose(overrides: Sequence[str]) -> dict[str, Any]:
     experiment = composed.hydra.runtime.choices.get("experiment")
     named = {"experiment": experiment} if experiment is not None else {}
     return {**named, **cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=False))}
+
+
+def _dotted(override: str) -> str:
+    """The override with its key as Hydra reads it, reward.sources.0.path for reward.sources[0].path."""
+    key, equals, value = override.partition("=")
+    return re.sub(r"\[(\d+)\]", r".\1", key) + equals + value
 
 
 def _prepare(override: Override) -> str:
@@ -108,6 +124,8 @@ def _check_keys(values: Mapping[str, Any], section: type, prefix: str = "") -> N
     hints = get_type_hints(section)
     for name, value in values.items():
         key = f"{prefix}{name}"
+        if key in REFUSED:
+            raise ConfigError(key, value, REFUSED[key])
         if name not in hints:
             raise ConfigError(key, value, f"there is no such setting; {_advice(str(name), prefix, list(hints))}")
         if is_dataclass(hints[name]):
@@ -115,8 +133,29 @@ def _check_keys(values: Mapping[str, Any], section: type, prefix: str = "") -> N
                 first = fields(hints[name])[0].name
                 raise ConfigError(key, value, f"is a section; name a setting in it, for example {key}.{first}=...")
             _check_keys(value, hints[name], f"{key}.")
+        elif (item := _item_section(hints[name])) is not None:
+            _check_items(key, value, item)
         elif _mixes_bool_and_number(value, hints[name]):
             raise ConfigError(key, value, f"must be {_in_words(hints[name])}")
+
+
+def _item_section(hint: Any) -> type | None:
+    """The dataclass that a list of sections holds, tuple[Section, ...]; None for any other type."""
+    kinds = get_args(hint)
+    return cast(type, kinds[0]) if get_origin(hint) is tuple and is_dataclass(kinds[0]) else None
+
+
+def _check_items(key: str, values: Any, section: type) -> None:
+    """Raises ConfigError unless `values` is a list of mappings with keys of the dataclass `section`."""
+    first = fields(section)[0].name
+    if not isinstance(values, list | tuple):
+        raise ConfigError(key, values, f"is a list of sections; write '{key}=[{{{first}: ...}}]'")
+    for number, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}[{number}]", value, f"is a section; write '{key}=[{{{first}: ...}}]'")
+        _check_keys(value, section, f"{key}[{number}].")
+        # Alone, since OmegaConf does not say in which item a value is wrong. Interpolations wait for the whole.
+        _merged(section, value, f"{key}[{number}].", resolve=False)
 
 
 def _mixes_bool_and_number(value: object, hint: Any) -> bool:
@@ -131,23 +170,35 @@ def _advice(name: str, prefix: str, siblings: Sequence[str]) -> str:
     """What may have been meant by the unknown `name` in the section of `prefix`, which has `siblings`."""
     elsewhere = [key for key in _all_keys(Config) if key.split(".")[-1] == name]
     if elsewhere:
-        return f"did you mean {' or '.join(elsewhere)}?"
+        near = [key for key in elsewhere if key.startswith(prefix)]
+        return f"did you mean {' or '.join(map(_as_written, near or elsewhere))}?"
+    close = difflib.get_close_matches(f"{prefix}{name}", list(_all_keys(Config)), n=1)
+    if close:
+        return f"did you mean {_as_written(close[0])}?"
     close = difflib.get_close_matches(name, siblings, n=1)
     if close:
         return f"did you mean {prefix}{close[0]}?"
-    close = difflib.get_close_matches(f"{prefix}{name}", list(_all_keys(Config)), n=1)
-    if close:
-        return f"did you mean {close[0]}?"
     return f"{prefix.rstrip('.') or 'the top level'} has {', '.join(siblings)}"
 
 
 def _all_keys(section: type, prefix: str = "") -> Iterator[str]:
+    """Every setting by its full key, those of a list of sections in its first item."""
     for name, hint in get_type_hints(section).items():
+        item = _item_section(hint)
         if is_dataclass(hint):
             assert isinstance(hint, type)
             yield from _all_keys(hint, f"{prefix}{name}.")
+        elif item is not None:
+            yield f"{prefix}{name}"
+            yield from _all_keys(item, f"{prefix}{name}[0].")
         else:
             yield f"{prefix}{name}"
+
+
+def _as_written(key: str) -> str:
+    """How a setting of `_all_keys` is set on the command line."""
+    of_list, bracket, name = key.partition("[0].")
+    return f"'{of_list}=[{{{name}: ...}}]'" if bracket else key
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -155,13 +206,14 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _expected(key: str) -> str | None:
-    """What a value of `key` has to be, in words; None where the schema does not say."""
-    hint: Any = Config
-    for name in key.split("[")[0].split("."):
+def _expected(section: type, key: str) -> str | None:
+    """What a value of `key` in `section` has to be, in words; None where the schema does not say."""
+    hint: Any = section
+    for name in re.sub(r"\[\d+\]", "", key).split("."):
         if not is_dataclass(hint):
-            break  # inside a free mapping
+            return None  # inside a free mapping
         hint = get_type_hints(hint).get(name)
+        hint = _item_section(hint) or hint
     return f"must be {_in_words(hint)}" if hint is not None and not is_dataclass(hint) else None
 
 
@@ -177,13 +229,22 @@ def _in_words(hint: Any) -> str:
 
 
 def _value_at(values: Mapping[str, Any], key: str) -> Any:
-    """What was written for `key` (a full key such as a.b or a.b[0]), for the message."""
+    """What was written for `key` (a full key such as a.b or a[0].b), for the message."""
     value: Any = values
-    for name in key.split("[")[0].split("."):
-        if not isinstance(value, Mapping):
-            break
-        value = value.get(name)
+    for name in re.findall(r"[^.\[\]]+", key):
+        if isinstance(value, Mapping):
+            value = value.get(name)
+        elif isinstance(value, list | tuple):
+            value = value[int(name)]
     return value
+
+
+@cache
+def _schema(section: type) -> DictConfig:
+    """The dataclass `section` as OmegaConf has it. A merge copies it first, and leaves it as it is."""
+    schema = OmegaConf.structured(section)
+    _make_writable(schema)
+    return cast(DictConfig, schema)
 
 
 def _make_writable(node: DictConfig) -> None:
@@ -201,9 +262,12 @@ def _build(section: type[Section], values: Mapping[str, Any], prefix: str = "") 
     built: dict[str, Any] = {}
     for name, value in values.items():
         hint, key = hints[name], f"{prefix}{name}"
+        item = _item_section(hint)
         if is_dataclass(hint):
             assert isinstance(hint, type)
             built[name] = _build(hint, value, f"{key}.")
+        elif item is not None:
+            built[name] = tuple(_build(item, each, f"{key}[{number}].") for number, each in enumerate(value))
         elif get_origin(hint) is tuple:
             kinds = get_args(hint)
             if kinds[-1] is not Ellipsis and len(value) != len(kinds):

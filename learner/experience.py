@@ -21,22 +21,23 @@ def deal(lengths: Sequence[int], *, mini_batch_size: int, num_ranks: int, seed: 
     """Return, for each rank and mini-batch, the indices of the rollouts that it trains on.
 
     The rollouts are shuffled by the seed and cut into mini-batches; each mini-batch is dealt to the ranks, longest
-    first to the rank with the fewest tokens so far (ties to the fewer rollouts, then the lower rank).
+    first to the rank with the fewest tokens so far (ties to the fewer rollouts, then the lower rank). A train batch
+    that lost rollouts on its way is cut into mini-batches as equal as can be.
 
     Args:
         lengths: tokens of each rollout.
-        mini_batch_size: rollouts of one optimizer step over all ranks; divides len(lengths).
+        mini_batch_size: rollouts of one optimizer step over all ranks.
         num_ranks: the world size of the learner group.
         seed: of the shuffle.
 
     Returns:
         result[rank][mini_batch] is a list of indices into `lengths`; a rank may have none.
     """
-    assert len(lengths) % mini_batch_size == 0, (len(lengths), mini_batch_size)
-    order = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    assert lengths, "a train batch has at least one rollout"
+    order = np.random.default_rng(seed).permutation(len(lengths))
     dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    for start in range(0, len(order), mini_batch_size):
-        members = order[start : start + mini_batch_size]
+    for part in np.array_split(order, -(-len(lengths) // mini_batch_size)):
+        members: list[int] = part.tolist()
         hands: list[list[int]] = [[] for _ in range(num_ranks)]
         loads = [0] * num_ranks
         for index in sorted(members, key=lambda i: (-lengths[i], i)):
@@ -78,6 +79,10 @@ class Batch:
     mask: Tensor  # [B, T] bool: the policy wrote the token
     rollout_logprobs: Tensor  # [B, T] float32, of the engine while sampling
     scores: Tensor  # [B] float32
+    final_index: Tensor  # [B] int64: where the last response token stands in token_ids
+    truncated: Tensor  # [B] bool: the response was cut
+    groups: Tensor  # [B] int64: the prompt's id, the same for all its samples
+    baselines: Tensor  # [B] float32: what the greedy response to the prompt scored; 0 where that was not asked
 
     @property
     def num_response_tokens(self) -> int:
@@ -98,6 +103,7 @@ def collate(scored: Sequence[ScoredRollout], *, pad_id: int = 0) -> Batch:
     response_ids = torch.full((num_rows, longest_response), pad_id, dtype=torch.int64)
     mask = torch.zeros((num_rows, longest_response), dtype=torch.bool)
     rollout_logprobs = torch.zeros((num_rows, longest_response), dtype=torch.float32)
+    final_index = torch.zeros(num_rows, dtype=torch.int64)
     for row, rollout in enumerate(rollouts):
         start, count = len(rollout.prompt.token_ids), len(rollout.response_ids)
         assert start > 0, "a prompt has at least one token: the state in which the first response token is chosen"
@@ -106,20 +112,48 @@ def collate(scored: Sequence[ScoredRollout], *, pad_id: int = 0) -> Batch:
         token_ids[row, start : start + count] = response
         state_index[row, :count] = torch.arange(start - 1, start - 1 + count)
         response_ids[row, :count] = response
+        final_index[row] = start + count - 1
         mask[row, :count] = torch.from_numpy(rollout.response_mask.copy())
         rollout_logprobs[row, :count] = torch.from_numpy(rollout.rollout_logprobs.astype(np.float32))
-    scores = torch.tensor([s.score for s in scored], dtype=torch.float32)
-    return Batch(token_ids, state_index, response_ids, mask, rollout_logprobs, scores)
+    return Batch(
+        token_ids,
+        state_index,
+        response_ids,
+        mask,
+        rollout_logprobs,
+        scores=torch.tensor([s.score for s in scored], dtype=torch.float32),
+        final_index=final_index,
+        truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
+        groups=torch.tensor([r.prompt.id for r in rollouts], dtype=torch.int64),
+        baselines=torch.tensor([s.baseline for s in scored], dtype=torch.float32),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """What the critic says of a batch."""
+
+    tokens: Tensor  # [B, T] float32: of the state in which token t is chosen
+    final: Tensor  # [B] float32: of the state after the last response token
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What the three networks say of a batch before the update, without gradient."""
+    """What the networks say of a batch before the update, without gradient."""
 
-    old_logprobs: Tensor  # [B, T] float32
+    old_logprobs: Tensor  # [B, T] float32, of the learner; -inf for a token outside what top-k and top-p keep
     ref_logprobs: Tensor  # [B, T] float32
-    values: Tensor  # [B, T] float32
     entropy: Tensor  # [B, T] float32
+    values: Values | None  # None: there is no critic
+
+
+def sampled_by_both(batch: Batch, old_logprobs: Tensor) -> Tensor:
+    """Return which response tokens have a probability in the engine and in the learner: [B, T] bool.
+
+    Rounding at the edge of top-k or top-p can keep a token in one and remove it in the other. What is not a number is
+    not removed here: it has to be seen.
+    """
+    return batch.mask & ~torch.isneginf(old_logprobs) & ~torch.isneginf(batch.rollout_logprobs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +162,11 @@ class Experience:
 
     batch: Batch
     evaluation: Evaluation
+    mask: Tensor  # [B, T] bool: the tokens in the losses
+    anchor_logprobs: Tensor  # [B, T] float32: of the policy that the ratio compares with; finite in the mask
+    importance: Tensor  # [B, T] float32: what corrects the gap to the engine; 1 where nothing does
     advantages: Tensor  # [B, T] float32
-    returns: Tensor  # [B, T] float32
+    returns: Tensor | None  # [B, T] float32: what the critic learns; None without a critic
 
 
 def blank_batch() -> Batch:
@@ -138,6 +175,16 @@ def blank_batch() -> Batch:
     ZeRO-3 gathers parameters in every forward pass, so all ranks must run the same number of them; a rank that has
     fewer micro-batches runs this one, with weight zero.
     """
-    zeros = torch.zeros((1, 1), dtype=torch.int64)
-    mask = torch.ones((1, 1), dtype=torch.bool)
-    return Batch(torch.zeros((1, 2), dtype=torch.int64), zeros, zeros, mask, torch.zeros((1, 1)), torch.zeros(1))
+    number = torch.zeros((1, 1), dtype=torch.int64)
+    return Batch(
+        token_ids=torch.zeros((1, 2), dtype=torch.int64),
+        state_index=number,
+        response_ids=number,
+        mask=torch.ones((1, 1), dtype=torch.bool),
+        rollout_logprobs=torch.zeros((1, 1)),
+        scores=torch.zeros(1),
+        final_index=torch.ones(1, dtype=torch.int64),
+        truncated=torch.zeros(1, dtype=torch.bool),
+        groups=torch.zeros(1, dtype=torch.int64),
+        baselines=torch.zeros(1),
+    )

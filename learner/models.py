@@ -7,41 +7,66 @@ vocabulary projection.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conf.schema import ConfigError
+from learner import zero
+from learner.distribution import SampledFrom, token_entropy, token_logprobs
 from learner.experience import Batch
-from learner.ppo import token_entropy, token_logprobs
 
-UNSUPPORTED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # after the vocabulary projection
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyOutput:
+    """What a policy says of a batch; [B, T] is zero where the mask is False."""
+
+    logprobs: Tensor  # [B, T] float32, of the distribution that was sampled from
+    entropy: Tensor  # [B, T] float32, of the same; zeros where it was not asked for
+    values: Tensor  # [B, T] float32, of the state in which token t is chosen; zeros without a value head
+    final_values: Tensor  # [B] float32, of the state after the last response token; zeros without a value head
+
+    @staticmethod
+    def of(packed: Tensor) -> PolicyOutput:
+        """Return what `PolicyModel.forward` has packed."""
+        logprobs, entropy, values = packed
+        return PolicyOutput(logprobs[:, :-1], entropy[:, :-1], values[:, :-1], values[:, -1])
 
 
 class PolicyModel(nn.Module):
-    """A causal language model that answers with log-probabilities of the response tokens."""
+    """A causal language model that answers with log-probabilities of the response tokens.
 
-    def __init__(self, model: Any) -> None:
+    With a value head it is the critic too: one network, as LLaMA-Factory and TRL before 1.0 have it.
+    """
+
+    def __init__(self, model: Any, *, value_head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model = model
+        self.value_head = value_head
 
-    def forward(self, batch: Batch, *, temperature: float, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Return (logprobs, entropy), both [B, T] float32 and zero where the mask is False.
+    def forward(self, batch: Batch, *, sampled_from: SampledFrom, with_entropy: bool = False) -> Tensor:
+        """Return [3, B, T + 1] float32, which `PolicyOutput.of` takes apart.
 
-        Log-probabilities are of softmax(logits / temperature), the distribution that was sampled from. The entropy is
-        zeros unless asked for; it carries no gradient.
+        One tensor, since ZeRO-3 counts a module's outputs on the way back, and all ranks must count alike: with
+        several, a rank that has no use for one of them would be out of step.
         """
         hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state  # [B, L, H]
         states = select_states(hidden, batch.state_index)[batch.mask]  # [N, H]
         logits = self.model.get_output_embeddings()(states)  # [N, V]
-        logprobs = token_logprobs(logits, batch.response_ids[batch.mask], temperature=temperature)
-        blank = torch.zeros(batch.mask.shape, dtype=torch.float32, device=logprobs.device)
-        entropy = blank
+        logprobs = token_logprobs(logits, batch.response_ids[batch.mask], sampled_from)
+        mask = nn.functional.pad(batch.mask, (0, 1))
+        blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        entropy = values = blank
         if with_entropy:
-            with torch.no_grad():
-                entropy = blank.masked_scatter(batch.mask, token_entropy(logits, temperature=temperature))
-        return blank.masked_scatter(batch.mask, logprobs), entropy
+            entropy = blank.masked_scatter(mask, token_entropy(logits, sampled_from))
+        if self.value_head is not None:
+            values = head_values(self.value_head, hidden, batch)
+        return torch.stack([blank.masked_scatter(mask, logprobs), entropy, values])
 
 
 class CriticModel(nn.Module):
@@ -52,13 +77,23 @@ class CriticModel(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return values [B, T] float32: of the state in which token t is chosen; zero where the mask is False."""
+        """Return values [B, T + 1] float32, as `head_values` says."""
         hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
-        states = select_states(hidden, batch.state_index)[batch.mask]  # [N, H]
-        values = self.model.score(states).squeeze(-1).float()  # [N]
-        return torch.zeros(batch.mask.shape, dtype=torch.float32, device=values.device).masked_scatter(
-            batch.mask, values
-        )
+        return head_values(self.model.score, hidden, batch)
+
+
+def head_values(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+    """Return the values that `head`, [H] -> [1], gives the states of a batch: [B, T + 1] float32.
+
+    Place t is of the state in which token t is chosen, zero where the mask is False; the last place is of the state
+    after the last response token.
+    """
+    states = select_states(hidden, batch.state_index)[batch.mask]  # [N, H]
+    finals = select_states(hidden, batch.final_index.unsqueeze(-1)).squeeze(1)  # [B, H]
+    values = head(torch.cat([states, finals])).squeeze(-1).float()
+    blank = torch.zeros(batch.mask.shape, dtype=torch.float32, device=values.device)
+    of_tokens = blank.masked_scatter(batch.mask, values[: len(states)])
+    return torch.cat([of_tokens, values[len(states) :].unsqueeze(-1)], dim=-1)
 
 
 def select_states(hidden: Tensor, index: Tensor) -> Tensor:
@@ -78,19 +113,24 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bool = False) -> Any:
-    """Return the checkpoint's causal language model in float32, without dropout.
+def checked_causal(config: Any, path: str) -> Any:
+    """Return the Hugging Face config of a causal language model without dropout.
 
     Raises:
-        ValueError: the architecture changes its logits after the vocabulary projection, in a way that `PolicyModel`
-            and vLLM would not share.
+        ConfigError: the architecture changes its logits after the vocabulary projection, which `PolicyModel` does not.
     """
+    for name in LOGIT_CHANGES:
+        if getattr(config, name, None) not in (None, 1.0):
+            remedy = f"its {name}={getattr(config, name)} is not supported; choose a model without it"
+            raise ConfigError("model.path", path, remedy)
+    return without_dropout(config)
+
+
+def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bool = False) -> Any:
+    """Return the checkpoint's causal language model in float32, as `checked_causal` has it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
-    for name in UNSUPPORTED_LOGITS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"model.path={path!r}: {name}={getattr(config, name)} is not supported")
+    config = checked_causal(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
     return AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -119,13 +159,37 @@ def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code:
     )
 
 
+def new_value_head(model: Any, *, seed: int) -> nn.Linear:
+    """Return a value head for the states of `model`, in float32: normal weights over the root of H, no bias.
+
+    So values begin at the scale of one, whatever the width; no library sets a standard here.
+    """
+    width = model.config.get_text_config().hidden_size
+    head = nn.Linear(width, 1)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.normal_(std=width**-0.5, generator=generator)
+        head.bias.zero_()
+    return head
+
+
 def initial_causal_lm(folder: str, *, seed: int, attn_implementation: str) -> Any:
-    """Return a randomly initialised causal language model of the folder's config.json, in float32, without dropout."""
+    """Return a causal language model of the folder's config.json with random weights, as `checked_causal` has it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = without_dropout(AutoConfig.from_pretrained(folder))
+    config = checked_causal(AutoConfig.from_pretrained(folder), folder)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+
+
+def export(model: Any, folder: Path, *, dtype: str, tokenizer: str, keep: bool) -> None:
+    """Write a partitioned Hugging Face model as a checkpoint to `folder`, adapters merged, on the rank that keeps it.
+
+    A collective.
+    """
+    state = zero.full_state(model, dtype=dtype, keep=keep)
+    if keep:
+        save_pretrained(model, state, folder, tokenizer=tokenizer)
 
 
 def save_pretrained(model: Any, state: dict[str, Tensor], folder: Path, *, tokenizer: str) -> None:

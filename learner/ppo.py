@@ -1,9 +1,9 @@
-"""The mathematics of PPO for language models: log-probabilities, KL, token rewards and the two clipped losses.
+"""The mathematics of PPO for language models: KL, its coefficient, token rewards and the loss of the critic.
 
-Pure functions of torch tensors. Every loss and statistic is a sum over tokens; the caller divides by a global count,
-so that no result depends on how a batch was cut into micro-batches and ranks. Shapes: B responses, T response tokens
-(padded), V vocabulary; a mask is True where the policy wrote the token. Nothing here knows of models, ranks or
-configuration.
+Pure functions of torch tensors. The loss of the critic and its statistic are sums over tokens; the caller divides by a
+global count, so that no result depends on how a batch was cut into micro-batches and ranks. The policy's losses are in
+`policy_losses`. Shapes: B responses, T response tokens (padded); a mask is True where the policy wrote the token.
+Nothing here knows of models, ranks or configuration.
 """
 
 from __future__ import annotations
@@ -15,29 +15,6 @@ import torch
 from torch import Tensor
 
 MAX_LOG_RATIO = 10.0  # differences of log-probabilities are clamped to +- this before exp, so that one cannot overflow
-
-
-def token_logprobs(logits: Tensor, token_ids: Tensor, *, temperature: float) -> Tensor:
-    """Return log p(token) under softmax(logits / temperature), in float32.
-
-    The distribution must be the one that was sampled from, so the temperature divides the logits here too.
-
-    Args:
-        logits: [N, V] of any float dtype.
-        token_ids: [N] int64.
-        temperature: the sampling temperature, above 0.
-
-    Returns:
-        [N] float32.
-    """
-    scaled = logits.float() / temperature
-    return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
-
-
-def token_entropy(logits: Tensor, *, temperature: float) -> Tensor:
-    """Return the entropy in nats of softmax(logits / temperature): logits [N, V] -> [N] float32."""
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
@@ -102,36 +79,8 @@ class LossTerms:
     stats: Mapping[str, Tensor]  # scalars
 
 
-def clipped_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_eps: float
-) -> LossTerms:
-    """Return the sum over tokens of -min(r A, clip(r, 1 - eps, 1 + eps) A), with r = exp(logprobs - old_logprobs).
-
-    Schulman et al. 2017 (arXiv 1707.06347), equation 7. Statistics, all summed over tokens: `approx_kl`, the k3
-    estimate of KL(old || new), which is (r - 1) - log r; `clipfrac`, tokens whose gradient the clip removed; `ratio`.
-
-    Args:
-        logprobs: [B, T], with gradient.
-        old_logprobs: [B, T], of the policy before the update.
-        advantages: [B, T].
-        mask: [B, T] bool.
-        clip_eps: epsilon of the paper.
-    """
-    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip_eps, 1.0 + clip_eps)
-    with torch.no_grad():
-        stats = {
-            "approx_kl": masked_sum(ratio - 1.0 - log_ratio, mask),
-            "clipfrac": masked_sum((clipped > unclipped).to(ratio.dtype), mask),
-            "ratio": masked_sum(ratio, mask),
-        }
-    return LossTerms(masked_sum(torch.maximum(unclipped, clipped), mask), stats)
-
-
 def clipped_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, value_clip_eps: float | None
 ) -> LossTerms:
     """Return the sum over tokens of max((v - R)^2, (v_clip - R)^2) / 2, v_clip within +- eps of the old value.
 
@@ -142,22 +91,29 @@ def clipped_value_loss(
         values: [B, T], with gradient.
         old_values: [B, T], before the update.
         returns: [B, T], the regression targets.
-        mask: [B, T] bool.
-        value_clip_eps: how far a value may move, in units of the return.
+        mask: [B, T] bool, the tokens in the loss.
+        value_clip_eps: how far a value may move, in units of the return; None for plain regression.
     """
+    errors = masked(values - returns, mask).square()
+    if value_clip_eps is None:
+        return LossTerms(0.5 * errors.sum(), {"clipfrac": values.new_zeros(())})
     # Not old + clamp(values - old): its rounding would count tokens that are inside the range as clipped.
     clipped_values = values.clamp(old_values - value_clip_eps, old_values + value_clip_eps)
-    unclipped = (values - returns).square()
-    clipped = (clipped_values - returns).square()
+    clipped_errors = masked(clipped_values - returns, mask).square()
     with torch.no_grad():
         moved = (values - old_values).abs() > value_clip_eps  # inside the interval the two differ by rounding alone
-        stats = {"clipfrac": masked_sum((moved & (clipped > unclipped)).to(values.dtype), mask)}
-    return LossTerms(0.5 * masked_sum(torch.maximum(unclipped, clipped), mask), stats)
+        stats = {"clipfrac": (moved & (clipped_errors > errors)).sum().to(values.dtype)}
+    return LossTerms(0.5 * torch.maximum(errors, clipped_errors).sum(), stats)
+
+
+def masked(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the values where the mask is True and zero elsewhere; no gradient, not even NaN, comes from elsewhere."""
+    return torch.where(mask, values, torch.zeros_like(values))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Return the sum where the mask is True, a scalar; what stands elsewhere, NaN included, has no influence."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum()
+    return masked(values, mask).sum()
 
 
 @dataclass(frozen=True)

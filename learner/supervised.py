@@ -1,45 +1,28 @@
-"""Supervised fine-tuning and reward-model training, one rank of each, on the same ZeRO-3 engines as PPO.
+"""What the supervised stages share: one rank that trains one network on rows of token ids, on ZeRO-3 engines.
 
-Both train on rows of token ids and are driven a step at a time; sums are divided by counts over all ranks.
+Driven a step at a time; sums are divided by counts over all ranks. What a row and a loss are, `sft` and
+`reward_training` say.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from conf.schema import LearnerConfig, ModelConfig, OptimizerConfig
-from learner import models, zero
-from learner.collective import highest, summed_stats
+from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
+from learner import lora, models, zero
+from learner.collective import evened, summed_stats
 from learner.experience import micro_batches
-from learner.ppo import last_position
 
-
-class Example(Protocol):
-    """A prompt and its answer: `token_ids` int32 [L], of which the first `num_prompt_tokens` are not trained on."""
-
-    @property
-    def token_ids(self) -> NDArray[np.int32]: ...
-    @property
-    def num_prompt_tokens(self) -> int: ...
-
-
-class Pair(Protocol):
-    """Two answers to one prompt, whole conversations: `chosen_ids` and `rejected_ids`, int32."""
-
-    @property
-    def chosen_ids(self) -> NDArray[np.int32]: ...
-    @property
-    def rejected_ids(self) -> NDArray[np.int32]: ...
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -52,6 +35,7 @@ class SupervisedSetup:
     num_steps: int
     device: str
     seed: int
+    lora: LoraConfig = field(default_factory=LoraConfig)
     center_coef: float = 0.0  # of a reward model's loss
     collective_timeout_s: float = 1800.0
 
@@ -82,49 +66,6 @@ def pad_sequences(sequences: Sequence[NDArray[np.int32]], num_prompt_tokens: Seq
     return Sequences(token_ids, mask, torch.tensor(num_prompt_tokens))
 
 
-class SFTModel(nn.Module):
-    """A causal language model that answers with the summed loss on the answers."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Sequences) -> tuple[Tensor, Tensor]:
-        """Return (negative log-likelihood summed over answer tokens, how many of them the model ranks first)."""
-        hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state[:, :-1]
-        logits = self.model.get_output_embeddings()(hidden[batch.label_mask]).float()  # [N, V]
-        labels = batch.token_ids[:, 1:][batch.label_mask]
-        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum().detach()
-
-
-class RewardTrainingModel(nn.Module):
-    """A one-label classification model that answers with the score at the last token of each sequence."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: Sequences) -> Tensor:
-        """Return scores [B] float32; the last token is found by position, never by comparing with a pad id."""
-        hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        scores: Tensor = self.model.score(hidden[rows, last_position(batch.mask)]).squeeze(-1).float()
-        return scores
-
-
-def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_coef: float = 0.0) -> Tensor:
-    """Return -log sigmoid(c - r) + center_coef (c + r)^2 summed over pairs: scores [B] and [B] -> scalar.
-
-    Bradley and Terry 1952, as used for reward models by Ouyang et al. 2022 (arXiv 2203.02155), equation 1. It leaves
-    what is added to both scores of a prompt open; the second term, of Eisenstein et al. 2023 (arXiv 2312.09244), ties
-    it down, so that scores of different prompts can be compared.
-    """
-    return -F.logsigmoid(chosen - rejected).sum() + center_coef * (chosen + rejected).square().sum()
-
-
-Row = TypeVar("Row")
-
-
 class SupervisedWorker:
     """One rank that trains one network; subclasses say what a micro-batch is and what its loss is."""
 
@@ -135,11 +76,16 @@ class SupervisedWorker:
         zero.join(ranks, device=setup.device, timeout_s=setup.collective_timeout_s)
         torch.manual_seed(setup.seed)
         self.device = torch.device(setup.device)
+        network = self.network(self._adapted)
         self.engine = zero.trained_engine(
-            self.network(), setup.learner, setup.optimizer, device=setup.device, num_updates=setup.num_steps
+            network, setup.learner, setup.optimizer, device=setup.device, num_updates=setup.num_steps
         )
 
-    def network(self) -> nn.Module:
+    def network(self, adapted: Callable[[Any, str], Any]) -> nn.Module:
+        """Return what is trained; `adapted` puts adapters, if the settings ask for them, into a Hugging Face model.
+
+        Its second argument is the task by PEFT's name.
+        """
         raise NotImplementedError
 
     def loss(self, rows: Sequence[Any]) -> tuple[Tensor, dict[str, float]]:
@@ -187,9 +133,11 @@ class SupervisedWorker:
     def evaluate(self, rows: Sequence[Any]) -> dict[str, float]:
         """Return the same metrics on held-out rows, each named `eval_...`, without training. A collective."""
         total: dict[str, float] = {}
+        self.engine.eval()  # adapters may have dropout
         for part in self._parts(rows):
             _, sums = self.loss(part if part is not None else [self.blank()])
             total = added(total, sums, weight=float(part is not None))
+        self.engine.train()
         return {
             f"{self.metric_prefix}/eval_{name}": value for name, value in self.describe(summed_stats(total)).items()
         }
@@ -203,111 +151,19 @@ class SupervisedWorker:
         if first:
             models.save_pretrained(self.engine.module.model, state, folder, tokenizer=tokenizer)
 
-    def _parts(self, rows: Sequence[Row]) -> Iterator[list[Row] | None]:
-        """Yield the rows cut into micro-batches, then None as often as another rank has more of them."""
+    def _adapted(self, model: Any, task: str) -> Any:
+        if self.setup.lora.rank is None:
+            return model
+        return lora.adapted(model, self.setup.lora, seed=self.setup.seed, task=task)
+
+    def _parts(self, rows: Sequence[Row]) -> list[list[Row] | None]:
+        """Return the rows cut into micro-batches, then None as often as another rank has more of them."""
         cut = micro_batches([self.length(row) for row in rows], max_tokens=self.setup.learner.micro_batch_tokens)
-        most = highest(len(cut))  # before the first forward pass of any rank
-        for part in cut:
-            yield [rows[i] for i in part]
-        for _ in range(most - len(cut)):
-            yield None
+        return evened([[rows[i] for i in part] for part in cut])
 
 
 def added(total: dict[str, float], sums: dict[str, float], *, weight: float) -> dict[str, float]:
     return {name: total.get(name, 0.0) + weight * value for name, value in sums.items()}
-
-
-@dataclass(frozen=True, eq=False)
-class _Example:
-    token_ids: NDArray[np.int32]
-    num_prompt_tokens: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    chosen_ids: NDArray[np.int32]
-    rejected_ids: NDArray[np.int32]
-
-
-class SFTWorker(SupervisedWorker):
-    """One rank of supervised fine-tuning: cross-entropy on the answers alone."""
-
-    metric_prefix = "sft"
-
-    def network(self) -> nn.Module:
-        model = self.setup.model
-        if model.init_config is not None:
-            return SFTModel(
-                models.initial_causal_lm(
-                    model.init_config, seed=self.setup.seed, attn_implementation=model.attn_implementation
-                )
-            )
-        assert model.path is not None
-        return SFTModel(
-            models.load_causal_lm(
-                model.path, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
-            )
-        )
-
-    def loss(self, rows: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:
-        batch = pad_sequences([row.token_ids for row in rows], [row.num_prompt_tokens for row in rows])
-        loss, right = self.engine(to_device(batch, self.device))
-        return loss, {"loss": float(loss.detach()), "right": float(right), "count": self.count(rows)}
-
-    def length(self, row: Example) -> int:
-        return len(row.token_ids)
-
-    def count(self, rows: Sequence[Example]) -> float:
-        return float(sum(len(row.token_ids) - row.num_prompt_tokens for row in rows))
-
-    def describe(self, total: dict[str, float]) -> dict[str, float]:
-        return {"loss": total["loss"] / total["count"], "token_accuracy": total["right"] / total["count"]}
-
-    def blank(self) -> Example:
-        return _Example(np.zeros(2, dtype=np.int32), 1)
-
-
-class RewardModelWorker(SupervisedWorker):
-    """One rank of reward-model training: the Bradley-Terry loss on pairs of a chosen and a rejected answer."""
-
-    metric_prefix = "reward_model"
-
-    def network(self) -> nn.Module:
-        model = self.setup.model
-        assert model.path is not None
-        return RewardTrainingModel(
-            models.load_scalar_model(
-                model.path, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
-            )
-        )
-
-    def loss(self, rows: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:
-        both = [row.chosen_ids for row in rows] + [row.rejected_ids for row in rows]
-        chosen, rejected = self.engine(to_device(pad_sequences(both, [0] * len(both)), self.device)).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected, center_coef=self.setup.center_coef)
-        margin = (chosen - rejected).detach()
-        return loss, {
-            "loss": float(loss.detach()),
-            "right": float((margin > 0).sum()),
-            "margin": float(margin.sum()),
-            "count": self.count(rows),
-        }
-
-    def length(self, row: Pair) -> int:
-        return 2 * max(len(row.chosen_ids), len(row.rejected_ids))
-
-    def count(self, rows: Sequence[Pair]) -> float:
-        return float(len(rows))
-
-    def describe(self, total: dict[str, float]) -> dict[str, float]:
-        return {
-            "loss": total["loss"] / total["count"],
-            "accuracy": total["right"] / total["count"],
-            "margin_mean": total["margin"] / total["count"],
-        }
-
-    def blank(self) -> Pair:
-        return _Pair(np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.int32))
 
 
 def to_device(batch: Sequences, device: torch.device) -> Sequences:

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO-3: from settings to its dictionary, engines, and gathering the partitioned parameters.
 
 One gather brings together one layer group (a decoder layer, or the embeddings, or the head), so that no rank holds the
-whole model at once.
+whole model at once. A model with LoRA adapters is gathered with them merged in, under the names of the plain model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.weights import Manifest, manifest_of
+from actors.weights import Manifest
 from conf.schema import LearnerConfig, OptimizerConfig
+from learner import lora
 
 
 @dataclass(frozen=True)
@@ -170,32 +171,62 @@ def finite_grad_norm(engine: Any, name: str) -> float:
     return norm
 
 
+def release(model: nn.Module) -> None:
+    """Leave each rank with its own shards alone, of a trained engine's `model`.
+
+    Forward passes leave parameters whole that DeepSpeed expects to need again, and others on their way, which its own
+    gathering trips over. Every rank must be at the same place.
+    """
+    optimizers = (getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters())
+    trained = next((optimizer for optimizer in optimizers if optimizer is not None), None)
+    if trained is not None:
+        trained.empty_partition_cache()
+
+
+def manifest(model: nn.Module, dtype: str) -> Manifest:
+    """Return what `gathered_groups` yields of a Hugging Face model in `dtype`, with adapters or without."""
+    return lora.merged_manifest(model, dtype)
+
+
 def gathered_groups(model: nn.Module, manifest: Manifest) -> Iterator[list[tuple[str, Tensor]]]:
     """Yield the whole parameters of a partitioned model, one group of the manifest at a time, on every rank.
 
-    A collective: every rank must run it to the end. Tied parameters come once, under their first name. The tensors are
-    copies in the dtype of the manifest and stay valid after the next group is gathered.
+    A collective: every rank must run it to the end. Tied parameters come once, under their first name, and adapters
+    merged into the weights that they are at. The tensors are copies in the dtype of the manifest and stay valid after
+    the next group is gathered.
     """
     import deepspeed
 
-    parameters = dict(model.named_parameters())
+    release(model)
+    sources = lora.merged_sources(model)
     for group in manifest.groups:
-        members = [parameters[meta.name] for meta in group]
-        with deepspeed.zero.GatheredParameters(members, modifier_rank=None):
-            copies = [
-                (meta.name, parameter.detach().to(meta.torch_dtype, copy=True))
-                for meta, parameter in zip(group, members, strict=True)
-            ]
+        members = [(meta, sources[meta.name]) for meta in group]
+        parameters = [parameter for _, source in members for parameter in source.parameters]
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+            copies = [(meta.name, source.merged(meta.torch_dtype)) for meta, source in members]
         yield copies
 
 
 def full_state(model: nn.Module, *, dtype: str, keep: bool = True) -> dict[str, Tensor]:
-    """Return the whole state dict on the CPU, tied parameters once; empty on a rank that does not keep it.
+    """Return the whole state dict on the CPU, tied parameters once, merged; empty on a rank that does not keep it.
 
     A collective: every rank must call it.
     """
     state: dict[str, Tensor] = {}
-    for group in gathered_groups(model, manifest_of(model, dtype)):
+    for group in gathered_groups(model, manifest(model, dtype)):
         if keep:
             state |= {name: tensor.cpu() for name, tensor in group}
     return state
+
+
+def trained_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """Return the trained parameters whole on the CPU under their own names: with adapters, these alone and not merged.
+
+    Empty on a rank that does not keep it. A collective: every rank must call it.
+    """
+    import deepspeed
+
+    release(model)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(trained.values()), modifier_rank=None):
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items() if keep}

@@ -37,7 +37,7 @@ def _run(function: Callable[..., Any], ranks: Ranks, args: tuple[Any, ...]) -> A
         raise
 
 
-def on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
     """Return what function(ranks, *args) returned on each of `world_size` new processes, in rank order."""
     port = free_port()
     context = multiprocessing.get_context("spawn")
@@ -45,7 +45,7 @@ def on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[
         futures = [
             pool.submit(_run, function, Ranks(rank, world_size, "127.0.0.1", port), args) for rank in range(world_size)
         ]
-        return [future.result(timeout=300) for future in futures]
+        return [future.result(timeout=timeout_s) for future in futures]
 
 
 def random_rollouts(count: int, *, seed: int, vocab_size: int = 64) -> list[ScoredRollout]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import rich.console
+import rich.table
 
 from cluster.console import Console
 
@@ -106,7 +107,9 @@ def test_a_terminal_of_80_columns_gets_a_bar_on_one_line(monkeypatch: pytest.Mon
 
 def test_the_report_shows_before_and_after_answers_and_paths(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
-    (tmp_path / "curves.png").touch()
+    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    for name in ("curves.png", "frontier.png"):
+        (tmp_path / name).touch()
     examples: list[dict[str, Any]] = [
         {
             "prompt": "Spell backward:\napple",
@@ -137,7 +140,9 @@ def test_the_report_shows_before_and_after_answers_and_paths(tmp_path: Path) -> 
     assert lines[at + 4].split() == ["before", "(nothing)"]
     assert lines[at + 5].split() == ["after", r"\x1b[31mred"]
     assert f"  policy and critic {tmp_path / 'export'}" in lines
+    assert f"  best policy       {tmp_path / 'checkpoints' / 'best'}" in lines
     assert f"  curves            {tmp_path / 'curves.png'}" in lines
+    assert f"  score against KL  {tmp_path / 'frontier.png'}" in lines
     assert not any("samples.jsonl" in line for line in lines), "there is no such file"
 
 
@@ -147,6 +152,15 @@ def test_a_run_without_ppo_reports_what_it_has(tmp_path: Path) -> None:
     text = out.getvalue()
     assert "before" not in text
     assert "Time: sft 0:05." in text
+
+
+def test_a_table_stands_below_an_empty_line() -> None:
+    console, out = to_file()
+    table = rich.table.Table("kl", "score", box=None)
+    table.add_row("0.5", "2")
+    console.note("before it")
+    console.table(table)
+    assert [line.split() for line in printed(out)] == [["before", "it"], [], ["kl", "score"], ["0.5", "2"]]
 
 
 def test_a_long_answer_loses_its_middle(tmp_path: Path) -> None:

@@ -1,117 +1,53 @@
-"""The driver with partners that only take notes: what it asks of whom, in which order, and with what."""
+"""The driver with partners that only take notes: what it asks of whom, in which order, and with what. About a second
+beside the imports.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from actors.rollout import Prompt, Rollout
-from cluster.driver import Chunk, Metrics, PPODriver, RolloutInfo, Sampling, ScoredHandle, derived_seed
-from conf.schema import AlgorithmConfig, EvaluationConfig, GeneratorConfig
+from actors.reward import Judged
+from cluster.driver import Chunk, PPODriver, RolloutInfo, Rollouts, Sampling, Scoring, derived_seed, describe
+from cluster.learners import addressed, scored_rollouts
+from cluster.ppo_stage import samples
+from cluster.rollouts import SampledRollouts, WithGreedyBaselines
+from cluster.shaping import ScoreShaping
+from conf.schema import AlgorithmConfig, ShapingConfig
+from tests.stand_ins import NumberedPrompts, StandIns, prompt, rollout, rollouts_of, scored_handle
 
 ALGORITHM = AlgorithmConfig(num_steps=3, prompts_per_step=4, samples_per_prompt=2, mini_batch_size=4, kl_coef=0.1)
+SAMPLING = Sampling(num_samples=2, temperature=0.7, max_new_tokens=5, seed=3)
 
 
-class NumberedPrompts:
-    def __init__(self) -> None:
-        self.drawn = 0
-
-    def next_batch(self, count: int) -> list[Prompt]:
-        self.drawn += count
-        return [prompt(number) for number in range(self.drawn - count, self.drawn)]
-
-
-def prompt(number: int) -> Prompt:
-    return Prompt(number, np.arange(3, dtype=np.int32), f"prompt {number}", ())
-
-
-@dataclass
-class Partners:
-    """All four partners in one, with one list of what was asked."""
-
-    num_ranks: int = 2
-    kl: float = 0.0
-    fail_sync_at: int | None = None
-    asked: list[str] = field(default_factory=list)
-    hands: list[Sequence[Sequence[Sequence[ScoredHandle]]]] = field(default_factory=list)
-    samplings: list[Sampling] = field(default_factory=list)
-    kl_coefs: list[float] = field(default_factory=list)
-
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Chunk]:
-        self.asked.append(f"sample {len(prompts)} x {sampling.num_samples}")
-        self.samplings.append(sampling)
-        chunks = [
-            Chunk(
-                tuple(
-                    RolloutInfo(
-                        p.id, sample, num_tokens=4 + p.id % 3, num_response_tokens=1 + p.id % 3, truncated=False
-                    )
-                    for sample in range(sampling.num_samples)
-                ),
-                f"rollouts of prompt {p.id}",
-            )
-            for p in prompts
-        ]
-        for chunk in reversed(chunks):  # they finish in any order
-            self.asked.append("chunk")
-            yield chunk
-
-    def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
-        raise AssertionError("the driver holds handles; it never reads a rollout")
-
-    def score(self, chunks: Iterable[Chunk]) -> list[ScoredHandle]:
-        handles = []
-        for chunk in chunks:
-            self.asked.append("score")
-            for row, info in enumerate(chunk.infos):
-                handles.append(ScoredHandle(info, chunk, row, score=float(info.prompt_id)))
-        return sorted(handles, key=lambda handle: (handle.info.prompt_id, handle.info.sample))
-
-    def verify(self, handles: Sequence[ScoredHandle]) -> list[float]:
-        self.asked.append("verify")
-        return [1.0 if handle.info.prompt_id % 2 else 0.5 for handle in handles]
-
-    def update(self, hands: Sequence[Sequence[Sequence[ScoredHandle]]], *, kl_coef: float, seed: int) -> Metrics:
-        self.asked.append("update")
-        self.hands.append(hands)
-        self.kl_coefs.append(kl_coef)
-        return {"objective/kl": self.kl}
-
-    def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
-        self.asked.append(f"kl at {temperature}")
-        self.hands.append([[hand] for hand in hands])
-        return 0.25
-
-    def export(self, folder: Path) -> None:
-        self.asked.append("export")
-
-    def push(self, version: int) -> Metrics:
-        self.asked.append(f"push {version}")
-        if version == self.fail_sync_at:
-            raise RuntimeError("the sync failed")
-        return {"sync/version": float(version)}
-
-
-def make_driver(partners: Partners, **changes: object) -> PPODriver:
+def make_driver(
+    partners: StandIns,
+    *,
+    rollouts: Callable[[SampledRollouts], Rollouts] = lambda sampled: sampled,
+    shaping: ShapingConfig | None = None,
+    **changes: object,
+) -> PPODriver:
+    sampled = SampledRollouts(NumberedPrompts(), partners, partners, sampling=SAMPLING, prompts_per_step=4)
     return PPODriver(
         algorithm=replace(ALGORITHM, **changes),  # type: ignore[arg-type]
-        generator=GeneratorConfig(temperature=0.7, max_new_tokens=5),
-        evaluation=EvaluationConfig(verifier="module:function", temperature=0.9, threshold=0.99),
-        prompts=NumberedPrompts(),
-        generators=partners,
-        rewards=partners,
+        rollouts=rollouts(sampled),
+        shaping=ScoreShaping(shaping or ShapingConfig(), max_new_tokens=5),
         learners=partners,
         sync=partners,
         seed=3,
     )
 
 
+# The order of things --------------------------------------------------------------------------------------------------
+
+
 def test_an_iteration_asks_in_the_order_of_the_algorithm() -> None:
-    partners = Partners()
+    partners = StandIns()
     driver = make_driver(partners)
     driver.start()
     driver.iterate()
@@ -121,23 +57,142 @@ def test_an_iteration_asks_in_the_order_of_the_algorithm() -> None:
 
 
 def test_nothing_is_counted_as_done_when_the_sync_fails() -> None:
-    partners = Partners(fail_sync_at=1)
-    driver = make_driver(partners)
+    partners = StandIns(fail_sync_at=1, kl=12.0)
+    driver = make_driver(partners, kl_target=6.0)
     driver.start()
     with pytest.raises(RuntimeError, match="the sync failed"):
         driver.iterate()
-    assert driver.step == 0
+    assert (driver.step, driver.kl.coef) == (0, 0.1)
+
+
+def test_the_learner_is_told_how_many_iterations_came_before_and_draws_otherwise_in_each() -> None:
+    partners = StandIns()
+    driver = make_driver(partners)
+    iterations = [driver.iterate().step for _ in range(3)]
+    assert (partners.steps, iterations) == ([0, 1, 2], [1, 2, 3])
+    assert len(set(partners.seeds)) == 3
+    again = StandIns()
+    make_driver(again).iterate()
+    assert again.seeds == partners.seeds[:1]
+
+
+def test_seeds_are_a_function_of_their_parts() -> None:
+    assert derived_seed(1, 2) == derived_seed(1, 2)
+    assert len({derived_seed(1, 2), derived_seed(2, 1), derived_seed(1, 3), derived_seed(1)}) == 4
+    assert 0 <= derived_seed(5, 6) < 2**63
+
+
+# The KL controller ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kl_coefficient_follows_its_target() -> None:
+    """error = clip(12 / 6 - 1, -0.2, 0.2) = 0.2, with 8 rollouts of a horizon of 80 (PPO details 15)."""
+    partners = StandIns(kl=12.0)
+    driver = make_driver(partners, kl_target=6.0, kl_horizon=80)
+    driver.iterate()
+    driver.iterate()
+    assert partners.kl_coefs == pytest.approx([0.1, 0.1 * (1 + 0.2 * 8 / 80)])
+
+
+def test_the_kl_controller_counts_the_rollouts_that_there_were() -> None:
+    """Of 8 rollouts the two of prompt 1 are dropped in the first iteration (PPO details 15)."""
+    partners = StandIns(kl=12.0, script=lambda number, sample, _: None if number == 1 else 0.0)
+    driver = make_driver(partners, kl_target=6.0, kl_horizon=80)
+    driver.iterate()
+    driver.iterate()
+    assert partners.kl_coefs[1] == pytest.approx(0.1 * (1 + 0.2 * 6 / 80))
+
+
+# Scores and their rollouts --------------------------------------------------------------------------------------------
+
+
+def own_score(number: int, sample: int, temperature: float) -> float:
+    """Different for every rollout, and for the greedy response to a prompt another one again."""
+    return 1000.0 + number if temperature == 0 else 10.0 * number + sample
+
+
+def in_any_order(seed: int) -> Callable[[list[Chunk]], Iterable[Chunk]]:
+    return lambda chunks: random.Random(seed).sample(chunks, len(chunks))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rollout_reaches_the_learner_with_its_own_score_and_baseline(seed: int) -> None:
+    """Through shaping, dealing and the addresses that travel, whatever order the chunks come in."""
+    partners = StandIns(own_score, chunk_size=3, order=in_any_order(seed), num_ranks=3)
+    shaping = ShapingConfig(normalise=True)
+    driver = make_driver(partners, rollouts=WithGreedyBaselines, shaping=shaping, estimator="remax")
+    driver.iterate()
+    drawn = [10.0 * number + sample for number in range(4) for sample in range(2)]
+    mean, std = np.mean(drawn), np.std(drawn, ddof=1)
+    arrived = []
+    for hand in partners.updates[0]:
+        payloads, places = addressed(hand)
+        for of_mini_batch in places:
+            for item in scored_rollouts(of_mini_batch, [part for part, _ in payloads]):
+                number, sample = item.rollout.key
+                assert item.score == pytest.approx((10 * number + sample - mean) / std)
+                assert item.baseline == pytest.approx((1000 + number - mean) / std)
+                arrived.append(item.rollout.key)
+    assert sorted(arrived) == [(number, sample) for number in range(4) for sample in range(2)]
+
+
+def test_the_order_in_which_chunks_finish_changes_nothing() -> None:
+    dealt = []
+    for order in (lambda chunks: chunks, reversed, in_any_order(1), in_any_order(2)):
+        partners = StandIns(own_score, chunk_size=3, order=order)
+        make_driver(partners).iterate()
+        dealt.append(
+            [
+                [[(s.handle.info, s.handle.row, s.score) for s in mini_batch] for mini_batch in hand]
+                for hand in partners.updates[0]
+            ]
+        )
+    assert dealt[1:] == dealt[:1] * 3
+
+
+def test_the_table_of_samples_shows_each_with_its_own_score() -> None:
+    partners = StandIns(own_score, chunk_size=3, order=in_any_order(5))
+    handles = make_driver(partners, shaping=ShapingConfig(clip=0.5)).iterate().handles
+    rows = samples(partners, random.Random(6).sample(handles, len(handles)))
+    assert len(rows) == 8
+    for row in rows:
+        number, sample = row["prompt_id"], row["sample"]
+        assert row["question"] == f"prompt {number}"
+        assert row["response"] == f"response {number}.{sample}"
+        assert row["score"] == row["parts"]["model"] == 10 * number + sample
+
+
+def test_scores_stand_with_their_rows_in_the_order_of_prompt_and_sample() -> None:
+    """A rollout without a score is left out and counted, never given one (PPO details 13)."""
+    parts = [[(2, 1), (0, 1)], [(0, 0), (2, 0), (1, 0)]]
+    chunks = [
+        Chunk(tuple(RolloutInfo.of(rollout(prompt(number), sample, length=1)) for number, sample in part), None)
+        for part in parts
+    ]
+    judged = [
+        [Judged(21.0), Judged(1.0)],
+        [Judged(0.0), Judged(None, fault="gone"), Judged(10.0, {"model": 5.0})],
+    ]
+    scoring = Scoring.of(chunks, judged, num_retries=4)
+    found = [(h.info.prompt_id, h.info.sample, h.score, chunks.index(h.chunk), h.row) for h in scoring.handles]
+    assert found == [(0, 0, 0.0, 1, 0), (0, 1, 1.0, 0, 1), (1, 0, 10.0, 1, 2), (2, 1, 21.0, 0, 0)]
+    assert scoring.handles[2].parts == {"model": 5.0}
+    assert (scoring.num_dropped, scoring.num_retries) == (1, 4)
+
+
+# Dealing --------------------------------------------------------------------------------------------------------------
 
 
 def test_rollouts_are_dealt_whole_and_mini_batches_do_not_depend_on_the_ranks() -> None:
     members = {}
     for num_ranks in (1, 2, 3):
-        partners = Partners(num_ranks=num_ranks)
+        partners = StandIns(num_ranks=num_ranks)
         make_driver(partners).iterate()
-        hands = partners.hands[0]
+        hands = partners.updates[0]
         assert len(hands) == num_ranks
         mini_batches = [
-            sorted((h.info.prompt_id, h.info.sample) for hand in hands for h in hand[index]) for index in range(2)
+            sorted((s.handle.info.prompt_id, s.handle.info.sample) for hand in hands for s in hand[index])
+            for index in range(2)
         ]
         assert [len(mini_batch) for mini_batch in mini_batches] == [4, 4]
         assert sorted(mini_batches[0] + mini_batches[1]) == [(p, s) for p in range(4) for s in range(2)]
@@ -145,69 +200,61 @@ def test_rollouts_are_dealt_whole_and_mini_batches_do_not_depend_on_the_ranks() 
     assert members[1] == members[2] == members[3]
 
 
-def test_scores_stay_with_their_rollouts() -> None:
-    partners = Partners()
-    make_driver(partners).iterate()
-    for hand in partners.hands[0]:
-        for handle in (handle for mini_batch in hand for handle in mini_batch):
-            assert handle.score == float(handle.info.prompt_id)
-            assert handle.chunk.payload == f"rollouts of prompt {handle.info.prompt_id}"
-            assert handle.chunk.infos[handle.row] == handle.info
+def test_fewer_rollouts_than_planned_make_mini_batches_that_are_nearly_equal() -> None:
+    """Three of eight are dropped: five rollouts, of which no mini-batch may have more than four."""
+    gone = {(0, 0), (2, 1), (3, 0)}
+    partners = StandIns(lambda number, sample, _: None if (number, sample) in gone else 1.0)
+    iteration = make_driver(partners).iterate()
+    hands = partners.updates[0]
+    assert sorted(sum(len(hand[index]) for hand in hands) for index in range(2)) == [2, 3]
+    dealt = Counter((s.handle.info.prompt_id, s.handle.info.sample) for hand in hands for part in hand for s in part)
+    assert dealt == Counter({(p, s) for p in range(4) for s in range(2)} - gone)
+    assert iteration.metrics["rollout/num_rollouts"] == 5
+    assert iteration.metrics["rollout/num_dropped"] == 3
 
 
-def test_training_and_evaluation_are_sampled_as_their_settings_say() -> None:
-    partners = Partners()
-    driver = make_driver(partners)
-    driver.iterate()
-    driver.evaluate([prompt(number) for number in range(6)])
-    training, evaluation = partners.samplings
-    assert (training.num_samples, training.temperature, training.max_new_tokens) == (2, 0.7, 5)
-    assert (evaluation.num_samples, evaluation.temperature, evaluation.max_new_tokens) == (1, 0.9, 5)
-    assert training.seed != evaluation.seed
-
-
-def test_every_evaluation_draws_with_the_same_seeds() -> None:
-    partners = Partners()
-    driver = make_driver(partners)
-    driver.evaluate([prompt(0)])
-    driver.iterate()
-    driver.evaluate([prompt(0)])
-    assert partners.samplings[0] == partners.samplings[2]
-
-
-def test_evaluation_counts_what_the_verifier_finds_right() -> None:
-    partners = Partners()
-    result = make_driver(partners).evaluate([prompt(number) for number in range(6)])
-    assert result.metrics["eval/accuracy"] == 0.5
-    assert result.metrics["eval/score_mean"] == 2.5
-    assert result.metrics["eval/kl"] == 0.25
-    assert partners.asked[-1] == "kl at 0.9"
-    assert result.verdicts == (0.5, 1.0, 0.5, 1.0, 0.5, 1.0)
-    assert sorted(h.info.prompt_id for hand in partners.hands[0] for h in hand[0]) == list(range(6))
-
-
-def test_the_kl_coefficient_follows_its_target() -> None:
-    partners = Partners(kl=12.0)
-    driver = make_driver(partners, kl_target=6.0, kl_horizon=80)
-    driver.iterate()
-    driver.iterate()
-    # error = clip(12 / 6 - 1, -0.2, 0.2) = 0.2; 8 rollouts of a horizon of 80
-    assert partners.kl_coefs == pytest.approx([0.1, 0.1 * (1 + 0.2 * 8 / 80)])
+# Figures --------------------------------------------------------------------------------------------------------------
 
 
 def test_metrics_of_an_iteration() -> None:
-    partners = Partners()
-    iteration = make_driver(partners).iterate()
+    partners = StandIns(num_retries=2)
+    iteration = make_driver(partners, shaping=ShapingConfig(clip=1.0)).iterate()
     metrics = iteration.metrics
     assert iteration.step == 1
-    assert metrics["reward/score_mean"] == 1.5
+    assert metrics["reward/score_mean"] == metrics["reward/model_mean"] == 1.5  # of 0, 1, 2, 3: as the source gave it
+    assert metrics["reward/shaped_mean"] == 0.75
+    assert metrics["reward/num_retries"] == 2
     assert metrics["rollout/response_length_mean"] == pytest.approx(np.mean([1, 2, 3, 1]))
     assert metrics["rollout/num_rollouts"] == 8
     assert metrics["sync/version"] == 1
-    assert {"timing/step_s", "timing/learn_s", "throughput/rollouts_per_s"} <= metrics.keys()
+    assert {"timing/step_s", "timing/learn_s", "timing/wait_for_generators_s", "throughput/rollouts_per_s"} <= set(
+        metrics
+    )
 
 
-def test_seeds_are_a_function_of_their_parts() -> None:
-    assert derived_seed(1, 2) == derived_seed(1, 2)
-    assert len({derived_seed(1, 2), derived_seed(2, 1), derived_seed(1, 3), derived_seed(1)}) == 4
-    assert 0 <= derived_seed(5, 6) < 2**63
+def test_figures_of_rollouts_by_hand() -> None:
+    handles = [
+        scored_handle(0, score=1.0, length=2),
+        scored_handle(1, score=4.0, length=5, truncated=True),
+        scored_handle(2, score=4.0, length=2),
+    ]
+    assert describe(handles, prefix="eval") == pytest.approx(
+        {
+            "eval/score_mean": 3.0,
+            "eval/score_std": 2**0.5,
+            "eval/model_mean": 3.0,
+            "eval/model_std": 2**0.5,
+            "eval/response_length_mean": 3.0,
+            "eval/response_length_max": 5.0,
+            "eval/truncated_fraction": 1 / 3,
+            "eval/num_rollouts": 3.0,
+            "eval/num_tokens": 18.0,
+        }
+    )
+
+
+def test_the_driver_never_reads_a_rollout() -> None:
+    partners = StandIns()
+    handles = make_driver(partners).iterate().handles
+    assert "read" not in partners.asked
+    assert rollouts_of(handles[0].chunk)[handles[0].row].key == (0, 0)

@@ -1,4 +1,4 @@
-"""learner.experience: dealing, cutting, collating, and the chain from rollouts to a loss against slow loops."""
+"""learner.experience: dealing, cutting, collating, from rollouts to a loss against slow loops. A second."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from torch import Tensor
 
 from actors.rollout import Prompt, Rollout, ScoredRollout
 from learner.advantages import gae, mean_and_std, moments, whiten
-from learner.experience import Batch, blank_batch, collate, deal, micro_batches
-from learner.ppo import clipped_policy_loss, kl_penalty, token_logprobs, token_rewards
+from learner.distribution import SampledFrom, token_logprobs
+from learner.experience import Batch, blank_batch, collate, deal, micro_batches, sampled_by_both
+from learner.policy_losses import clipped_loss
+from learner.ppo import kl_penalty, token_rewards
 
 V = 13  # vocabulary
 
 
 def scored(
-    prompt: list[int], response: list[int], *, mask: list[bool] | None = None, score: float = 0.0
+    prompt: list[int],
+    response: list[int],
+    *,
+    mask: list[bool] | None = None,
+    score: float = 0.0,
+    prompt_id: int = 0,
+    truncated: bool = False,
 ) -> ScoredRollout:
     length = len(response)
     rollout = Rollout(
-        prompt=Prompt(id=0, token_ids=np.array(prompt, np.int32), text="", messages=()),
+        prompt=Prompt(id=prompt_id, token_ids=np.array(prompt, np.int32), text="", messages=()),
         sample=0,
         response_ids=np.array(response, np.int32),
         rollout_logprobs=-np.arange(1, length + 1, dtype=np.float32),
         response_mask=np.array(mask if mask is not None else [True] * length, np.bool_),
         policy_versions=np.zeros(length, np.int32),
-        finish_reason="stop",
+        finish_reason="length" if truncated else "stop",
         text="",
     )
     return ScoredRollout(rollout, score)
@@ -77,9 +85,23 @@ def test_dealing_depends_on_the_seed_alone() -> None:
     assert mini_batches != [list(range(k, k + 8)) for k in range(0, 32, 8)], "the rollouts are shuffled"
 
 
-def test_a_batch_that_does_not_divide_is_a_mistake() -> None:
-    with pytest.raises(AssertionError, match=r"\(5, 2\)"):
-        deal([1] * 5, mini_batch_size=2, num_ranks=1, seed=0)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(1, [1]), (3, [3]), (4, [4]), (5, [3, 2]), (8, [4, 4]), (9, [3, 3, 3]), (10, [4, 3, 3]), (13, [4, 3, 3, 3])],
+)
+def test_a_batch_that_does_not_divide_is_cut_as_evenly_as_can_be(count: int, sizes: list[int], num_ranks: int) -> None:
+    dealt = deal(lengths_of(count), mini_batch_size=4, num_ranks=num_ranks, seed=3)
+    together = [[i for hands in dealt for i in hands[k]] for k in range(len(sizes))]
+    assert {len(hands) for hands in dealt} == {len(sizes)}
+    assert [len(members) for members in together] == sizes
+    assert sorted(itertools.chain(*together)) == list(range(count))
+
+
+def test_a_batch_that_divides_is_cut_into_slices_of_the_shuffled_order() -> None:
+    order = np.random.default_rng(11).permutation(12).tolist()
+    (dealt,) = deal(lengths_of(12), mini_batch_size=4, num_ranks=1, seed=11)
+    assert [sorted(members) for members in dealt] == [sorted(order[:4]), sorted(order[4:8]), sorted(order[8:])]
 
 
 # Cutting into micro-batches
@@ -126,7 +148,40 @@ def test_collate_by_hand() -> None:
         torch.bool,
         torch.float32,
         torch.float32,
+        torch.int64,
+        torch.bool,
+        torch.int64,
+        torch.float32,
     ]
+
+
+def test_collate_says_where_a_response_ends_whether_it_was_cut_and_what_it_is_compared_with() -> None:
+    greedy = dataclasses.replace(scored([4], [5, 6], prompt_id=9), baseline=0.75)
+    batch = collate(
+        [scored([5, 6, 7], [8, 9], prompt_id=7), greedy, scored([1, 2], [3, 4, 5, 6], truncated=True, prompt_id=7)]
+    )
+    assert batch.final_index.tolist() == [4, 2, 5]
+    assert batch.token_ids.gather(1, batch.final_index[:, None]).flatten().tolist() == [9, 6, 6]
+    assert batch.truncated.tolist() == [False, False, True]
+    assert batch.groups.tolist() == [7, 9, 7]
+    assert batch.baselines.tolist() == [0.0, 0.75, 0.0]
+
+
+def test_a_response_ends_at_its_last_token_even_if_that_is_masked_or_looks_like_padding() -> None:
+    """The end is found by position, never by comparing with an id. (PPO details 12)"""
+    batch = collate(
+        [scored([5], [6, 0, 0], mask=[True, True, False]), scored([5], [0]), scored([5], [6] * 5)], pad_id=0
+    )
+    assert batch.final_index.tolist() == [3, 1, 5]
+    assert batch.mask.sum(-1).tolist() == [2, 1, 5]
+
+
+def test_tokens_that_only_one_of_engine_and_learner_keeps_are_in_no_loss_and_nan_is_seen() -> None:
+    """(PPO details 5)"""
+    batch = collate([scored([1], [2, 3, 4, 5, 6], mask=[True, True, True, False, True])])
+    batch.rollout_logprobs[0, 1] = -math.inf
+    old = torch.tensor([[-1.0, -1.0, -math.inf, -1.0, math.nan]])
+    assert sampled_by_both(batch, old).tolist() == [[True, False, False, False, True]]
 
 
 def test_a_state_stands_one_before_its_token() -> None:
@@ -162,10 +217,12 @@ def test_moving_a_batch_keeps_every_field() -> None:
 def test_a_blank_batch_is_one_valid_token() -> None:
     blank = blank_batch()
     assert blank.num_response_tokens == 1
-    assert 0 <= int(blank.state_index.max()) < blank.token_ids.shape[1]
-    shapes = {f.name: getattr(blank, f.name).dtype for f in dataclasses.fields(Batch)}
-    real = collate([scored([1], [2])])
-    assert shapes == {f.name: getattr(real, f.name).dtype for f in dataclasses.fields(Batch)}
+    real = collate([scored([1], [2])])  # one token too: the places are the same
+    for field in dataclasses.fields(Batch):
+        one, other = getattr(blank, field.name), getattr(real, field.name)
+        assert (one.shape, one.dtype) == (other.shape, other.dtype), field.name
+    assert torch.equal(blank.state_index, real.state_index)
+    assert torch.equal(blank.final_index, real.final_index)
 
 
 # From rollouts to a loss. Bigram tables stand for the networks: what they say depends on the last token alone.
@@ -206,9 +263,8 @@ def packed_loss(
 
     def logprobs(table: Tensor, batch: Batch) -> Tensor:
         states = batch.token_ids.gather(1, batch.state_index)
-        return token_logprobs(table[states].flatten(0, 1), batch.response_ids.flatten(), temperature=TEMPERATURE).view(
-            states.shape
-        )
+        rows, tokens = table[states].flatten(0, 1), batch.response_ids.flatten()
+        return token_logprobs(rows, tokens, SampledFrom(TEMPERATURE)).view(states.shape)
 
     lengths = [one.rollout.num_tokens for one in rollouts]
     batches = []
@@ -228,7 +284,7 @@ def packed_loss(
     for batch, advantage in pairs:
         white = whiten(advantage, batch.mask, mean=mean, std=std)
         old = logprobs(net.old, batch)
-        total = total + clipped_policy_loss(logprobs(policy, batch), old, white, batch.mask, clip_eps=CLIP).loss_sum
+        total = total + clipped_loss(logprobs(policy, batch), old, white, batch.mask, low=CLIP, high=CLIP).loss.sum()
     loss = total / sum(batch.num_response_tokens for batch in batches)
     loss.backward()
     assert policy.grad is not None

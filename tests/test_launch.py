@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,8 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def scored_by(path: str) -> str:
+    return f"reward.sources=[{{type: model, path: '{path}'}}]"
+
+
 def job(folder: Path, *changes: str) -> list[str]:
-    paths = (f"model.path={folder}/policy", f"reward.path={folder}/reward", f"data.path={folder}/prompts.jsonl")
+    paths = (f"model.path={folder}/policy", scored_by(f"{folder}/reward"), f"data.path={folder}/prompts.jsonl")
     changed = {change.partition("=")[0] for change in changes}
     return [*(one for one in (*paths, *FITTING) if one.partition("=")[0] not in changed), *changes]
 
@@ -94,7 +99,9 @@ def test_the_help_names_every_group_and_option() -> None:
 def test_the_examples_of_the_help_are_right() -> None:
     for line in launch.USAGE.splitlines():
         if line.startswith("  python launch.py"):
-            assert isinstance(load_config([word for word in line.split()[2:] if word not in ("--cfg", "job")]), Config)
+            assert isinstance(
+                load_config([word for word in shlex.split(line)[2:] if word not in ("--cfg", "job")]), Config
+            )
         elif match := re.match(r"  ([\w.]+)=\S+ {2,}", line):
             config: Any = load_config([])
             for name in match[1].split("."):
@@ -121,7 +128,7 @@ def test_the_settings_are_printed_whole_as_yaml() -> None:
         (["+nokey=1"], "nokey=1: there is no such setting"),
         (["algorithm.num_steps=many"], "algorithm.num_steps='many': must be a whole number"),
         (["algorithm.mini_batch_size=100"], "algorithm.mini_batch_size=100: must divide the train batch"),
-        (["model.path=./nowhere", "reward.path=.", "data.path=."], "model.path='./nowhere': there is no such file"),
+        (["model.path=./nowhere", scored_by("."), "data.path=."], "model.path='./nowhere': there is no such file"),
         (["--multirun"], "--multirun"),
         (["--cfg", "hydra"], "--cfg='hydra': write --cfg job"),
     ],
@@ -186,8 +193,8 @@ def test_what_fits_is_let_through(folder: Path) -> None:
             ["model.tokenizer=nobody/no-such-model"],
             "model.tokenizer='nobody/no-such-model': no tokenizer can be loaded",
         ),
-        (["reward.path={0}"], "reward.path='{0}': no Hugging Face checkpoint can be read there"),
-        (["reward.path={0}/policy"], "is no reward model: its classification head has 2 labels"),
+        ([scored_by("{0}")], "reward.sources[0].path='{0}': no Hugging Face checkpoint can be read there"),
+        ([scored_by("{0}/policy")], "is no reward model: its classification head has 2 labels"),
         (["model.reference={0}"], "model.reference='{0}': no Hugging Face checkpoint"),
         (["learner.critic_init={0}"], "learner.critic_init='{0}': no Hugging Face checkpoint"),
         (
@@ -205,7 +212,10 @@ def test_what_fits_is_let_through(folder: Path) -> None:
         ),
         (["generator.max_new_tokens=300"], "lower both"),
         (["evaluation.verifier=no_such_module:f"], "evaluation.verifier='no_such_module:f': there is no module"),
-        (["reward.function=actors.verifiers:f", "reward.path=null"], "actors.verifiers has no function f"),
+        (
+            ["reward.sources=[{type: function, function: 'actors.verifiers:f'}]", "learner.critic_init=policy"],
+            "reward.sources[0].function='actors.verifiers:f': actors.verifiers has no function f",
+        ),
         (["data.prompt_key=question"], "data.prompt_key='question': row 1 has no such key; it has prompt"),
         (["data.max_prompt_tokens=1"], "data.max_prompt_tokens=1: all 2 prompts are longer"),
         (
@@ -219,7 +229,7 @@ def test_what_fits_is_let_through(folder: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_named(folder: Path, changes: list[str], message: str) -> None:
-    answer = refused(folder, *(change.format(folder) for change in changes))
+    answer = refused(folder, *(change.replace("{0}", str(folder)) for change in changes))
     assert message.replace("{0}", str(folder)) in answer
 
 
@@ -258,7 +268,7 @@ def test_vocabularies_that_differ_are_refused(folder: Path, tmp_path: Path) -> N
     answer = refused(folder, f"model.reference={tmp_path}/padded")
     assert f"has a vocabulary of {VOCAB_SIZE + 60}, the policy one of {VOCAB_SIZE}" in answer
     assert "numbers its tokens differently" in refused(folder, f"model.reference={tmp_path}/renamed")
-    answer = refused(folder, f"reward.path={tmp_path}/renamed")
+    answer = refused(folder, scored_by(f"{tmp_path}/renamed"))
     assert answer.startswith("learner.critic_init='reward': ")
     assert "set learner.critic_init=policy" in answer
-    preflight(load_config(job(folder, f"reward.path={tmp_path}/renamed", "learner.critic_init=policy")))
+    preflight(load_config(job(folder, scored_by(f"{tmp_path}/renamed"), "learner.critic_init=policy")))

@@ -1,7 +1,11 @@
-"""The learner over real gloo ranks: one rank equals a plain PyTorch loop, and two ranks equal one."""
+"""The learner over real gloo ranks: one rank equals a plain loop, and two ranks equal one, in seven variants.
+
+The variants take their updates one after another in the same processes, since starting those takes longest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,238 +13,353 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
 
-from actors.rollout import ScoredRollout
-from conf.schema import AlgorithmConfig, LearnerConfig, ModelConfig, OptimizerConfig
-from learner.experience import deal, micro_batches
-from learner.worker import LearnerSetup, LearnerWorker
+from actors.rollout import Prompt, Rollout, ScoredRollout
+from conf.schema import (
+    AlgorithmConfig,
+    GeneratorConfig,
+    LearnerConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PTXConfig,
+    ShapingConfig,
+)
+from learner.experience import micro_batches
+from learner.networks import LearnerSetup
 from learner.zero import Ranks
-from tests.learner_ranks import on_ranks, random_rollouts
+from tests.learner_ranks import on_ranks
+from tests.plain_ppo import Trained, plain_updates
 from tests.tiny_models import tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
 
-NUM_STEPS, NUM_ROLLOUTS, MINI_BATCH, EPOCHS = 3, 12, 6, 2
-TEMPERATURE, KL_COEF, LAMBDA, CLIP = 0.8, 0.1, 0.9, 0.2
+NUM_UPDATES, KL_COEF, MICRO_BATCH_TOKENS = 3, 0.1, 40
+Checkpoints = dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    from transformers import AutoModelForSequenceClassification
+
     folder = tmp_path_factory.mktemp("checkpoints")
-    policy = tiny_checkpoint(folder / "policy", "llama", seed=1)
-    reference = tiny_checkpoint(folder / "reference", "llama", seed=2)
-    critic = folder / "critic"
-    language_model = AutoModelForSequenceClassification.from_pretrained(
-        tiny_checkpoint(folder / "third", "llama", seed=3), num_labels=1, dtype=torch.float32
-    )
-    language_model.save_pretrained(critic)
-    return policy, reference, critic
+    paths = {name: str(tiny_checkpoint(folder / name, seed=i)) for i, name in enumerate(("policy", "reference", "lm"))}
+    torch.manual_seed(0)
+    critic = AutoModelForSequenceClassification.from_pretrained(paths["lm"], num_labels=1, dtype=torch.float32)
+    critic.save_pretrained(folder / "critic")
+    return {**paths, "critic": str(folder / "critic")}
 
 
-def make_setup(checkpoints: tuple[Path, Path, Path], **changes: Any) -> LearnerSetup:
-    learner: dict[str, Any] = {"dtype": "float32", "micro_batch_tokens": 20, **changes}
-    policy, reference, critic = map(str, checkpoints)
-    optimizer = OptimizerConfig(lr=1e-3, max_grad_norm=0.5, scheduler="linear", warmup_steps=2, weight_decay=0.01)
+# The variants: what is changed in the settings of each section
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "gae": {"algorithm": {"gae_lambda": 0.9, "gamma": 0.98}, "generator": {"temperature": 0.8}},
+    "shared critic, entropy, KL loss": {
+        "algorithm": {"entropy_coef": 0.02, "kl_loss_coef": 0.1, "value_clip_eps": 0.05, "kl_estimator": "k2"},
+        "learner": {"critic_network": "shared"},
+    },
+    "grpo, clip-higher, mask": {
+        "algorithm": {
+            "estimator": "grpo",
+            "loss_aggregation": "sequence",
+            "clip_eps": 0.05,
+            "clip_eps_high": 0.1,
+            "correction": "token",
+            "correction_cap": 1.5,
+            "mask_truncated": True,
+            "kl_loss_coef": 0.1,
+            "kl_loss_estimator": "k2",
+        },
+    },
+    "rloo, gspo, lora": {
+        "algorithm": {
+            "estimator": "rloo",
+            "policy_loss": "gspo",
+            "loss_aggregation": "sequence",
+            "clip_eps": 0.02,
+            "correction": "icepop",
+            "kl_estimator": "k3",
+        },
+        "lora": {"rank": 4, "alpha": 8.0},
+    },
+    "reinforce++, cispo, top-k and top-p": {
+        "algorithm": {
+            "estimator": "reinforce_pp",
+            "policy_loss": "cispo",
+            "loss_aggregation": "constant",
+            "clip_eps": 0.05,
+            "correction": "sequence",
+            "gamma": 0.95,
+        },
+        "generator": {"top_k": 220, "top_p": 0.98, "temperature": 1.3},
+    },
+    "remax, ptx, ema, engine": {
+        "algorithm": {
+            "estimator": "remax",
+            "ptx": PTXConfig(coef=0.5, path="text.jsonl", batch_size=5),
+            "old_logprobs": "engine",
+            "max_mean_ratio": None,
+        },
+        "learner": {"ema_decay": 0.7},
+    },
+    "vapo": {
+        "algorithm": {
+            "critic_gae_lambda": 1.0,
+            "length_adaptive_alpha": 0.5,
+            "bootstrap_truncated": True,
+            "critic_warmup_steps": 1,
+            "dual_clip": 1.02,
+            "clip_eps": 0.01,
+            "value_clip_eps": None,
+            "whiten_advantages": False,
+        },
+        "shaping": {"whiten_rewards": True},
+        "learner": {"ema_decay": 0.5},
+    },
+}
+# Of the first variant, on one rank: what must change nothing.
+SAME: dict[str, dict[str, Any]] = {
+    "one micro-batch": {"micro_batch_tokens": 10_000},
+    "checkpointing, other micro-batches": {"gradient_checkpointing": True, "micro_batch_tokens": 20},
+}
+# Without this DeepSpeed keeps parameters as small as these whole on every rank.
+PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def make_setup(name: str, checkpoints: Checkpoints, **learner: Any) -> LearnerSetup:
+    changes = VARIANTS[name]
+    # Adam's eps is large, so that a rounding error of a gradient near zero is not made a step of full size.
+    optimizer = OptimizerConfig(lr=3e-3, eps=1e-4, max_grad_norm=0.5, scheduler="linear", warmup_steps=2)
+    adapted = LoraConfig(**changes.get("lora", {}))
+    settings: dict[str, Any] = {"dtype": "float32", "micro_batch_tokens": MICRO_BATCH_TOKENS, "deepspeed": PARTITIONED}
+    texts = np.random.default_rng(7)
     return LearnerSetup(
-        model=ModelConfig(path=policy, tokenizer=policy, reference=reference),
-        algorithm=AlgorithmConfig(
-            num_steps=NUM_STEPS,
-            prompts_per_step=NUM_ROLLOUTS,
-            mini_batch_size=MINI_BATCH,
-            ppo_epochs=EPOCHS,
-            gae_lambda=LAMBDA,
-            clip_eps=CLIP,
-            kl_coef=KL_COEF,
+        model=ModelConfig(
+            path=checkpoints["policy"],
+            tokenizer=checkpoints["policy"],
+            reference=None if adapted.rank else checkpoints["reference"],
+            lora=adapted,
         ),
+        algorithm=AlgorithmConfig(
+            num_steps=NUM_UPDATES,
+            prompts_per_step=6,
+            samples_per_prompt=2,
+            mini_batch_size=6,
+            ppo_epochs=2,
+            **changes.get("algorithm", {}),
+        ),
+        shaping=ShapingConfig(**changes.get("shaping", {})),
         learner=LearnerConfig(
             policy=optimizer,
-            critic=replace(optimizer, lr=2e-3),
-            **learner,
+            critic=replace(optimizer, lr=6e-3, weight_decay=0.1),
+            **(settings | changes.get("learner", {}) | learner),
         ),
-        critic_path=critic,
-        temperature=TEMPERATURE,
+        generator=GeneratorConfig(max_new_tokens=9, **changes.get("generator", {})),
+        critic_path=checkpoints["critic"],
+        ptx_rows=tuple(texts.integers(4, 64, int(n)).astype(np.int32) for n in texts.integers(2, 12, 8)),
         device="cpu",
         seed=0,
         collective_timeout_s=60.0,
     )
 
 
-def run_updates(ranks: Ranks, setup: LearnerSetup) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
-    """Take NUM_STEPS updates on one rank; return the metrics of each and the final weights of policy and critic."""
+# What is trained on. Samples of a prompt are in different mini-batches, and of a mini-batch on different ranks.
+
+
+def train_batch(step: int) -> list[list[ScoredRollout]]:
+    """Two mini-batches of six rollouts of random tokens, some cut, some with tokens of another's.
+
+    Of the second train batch the whole first mini-batch is cut; the third has lost five rollouts.
+    """
+    rng = np.random.default_rng(step)
+    prompts = [
+        Prompt(10 * step + i, rng.integers(4, 64, int(rng.integers(2, 8))).astype(np.int32), "", ()) for i in range(6)
+    ]
+    every = []
+    for index in range(12):
+        length = int(rng.integers(1, 10))
+        cut = bool(rng.random() < 0.3) or (step == 1 and index < 6)
+        mask = rng.random(length) < 0.8
+        mask[int(rng.integers(length))] = True
+        rollout = Rollout(
+            prompt=prompts[index % 5 if index < 6 else index - 6],
+            sample=index // 6,
+            response_ids=rng.integers(4, 64, length).astype(np.int32),
+            rollout_logprobs=rng.normal(-5.5, 0.3, length).astype(np.float32),
+            response_mask=mask,
+            policy_versions=np.zeros(length, dtype=np.int32),
+            finish_reason="length" if cut else "stop",
+            text="",
+        )
+        every.append(ScoredRollout(rollout, float(rng.normal()), baseline=float(rng.normal())))
+    if step == 2:
+        every = [every[i] for i in (0, 1, 6, 3, 8, 9, 11)]
+    half = len(every) // 2 + len(every) % 2
+    return [every[:half], every[half:]]
+
+
+def hand(mini_batch: Sequence[ScoredRollout], ranks: Ranks, *, step: int, index: int) -> list[ScoredRollout]:
+    """This rank's rollouts; in the last train batch each mini-batch is on one rank alone."""
+    if step == NUM_UPDATES - 1:
+        return list(mini_batch) if ranks.rank == index % ranks.world_size else []
+    return [scored for i, scored in enumerate(mini_batch) if i % ranks.world_size == ranks.rank]
+
+
+def run_variants(ranks: Ranks, setups: dict[str, LearnerSetup], folder: Path | None = None) -> dict[str, Trained]:
+    return {
+        name: run_updates(ranks, setup, None if folder is None else folder / name) for name, setup in setups.items()
+    }
+
+
+def run_updates(ranks: Ranks, setup: LearnerSetup, folder: Path | None = None) -> Trained:
+    """Take all updates; export at the end if there is a folder."""
     from learner import zero
+    from learner.worker import LearnerWorker
+
+    def whole(model: Any) -> dict[str, Any]:
+        return {name: tensor.numpy() for name, tensor in zero.full_state(model, dtype="float32").items()}
 
     worker = LearnerWorker(setup, ranks)
-    metrics = []
-    for step in range(NUM_STEPS):
-        scored = random_rollouts(NUM_ROLLOUTS, seed=step)
-        hands = deal(
-            [s.rollout.num_tokens for s in scored],
-            mini_batch_size=MINI_BATCH,
-            num_ranks=ranks.world_size,
-            seed=step,
-        )
-        mine = [[scored[i] for i in hand] for hand in hands[ranks.rank]]
-        metrics.append(worker.update(mine, kl_coef=KL_COEF, seed=step))
-    return (
-        metrics,
-        {name: t.numpy() for name, t in zero.full_state(worker.policy.module.model, dtype="float32").items()},
-        {name: t.numpy() for name, t in zero.full_state(worker.critic.module.model, dtype="float32").items()},
-    )
+    model, critic, average = worker.policy.module.model, worker.networks.critic, worker.networks.average
+    metrics, policy, of_critic, averages = [], [], {}, {}
+    for step in range(NUM_UPDATES):
+        hands = [hand(part, ranks, step=step, index=i) for i, part in enumerate(train_batch(step))]
+        metrics.append(worker.update(hands, kl_coef=KL_COEF, seed=step, step=step))
+        policy.append(whole(model))
+    if critic.engine is not None:
+        of_critic = whole(critic.engine.module.model)
+    elif worker.policy.module.value_head is not None:
+        of_critic = {name: t.numpy() for name, t in zero.trained_state(worker.policy.module.value_head).items()}
+    if average is not None:
+        with average.swapped_in():
+            averages = whole(model)
+    worker.export(folder)
+    return Trained(metrics, policy, of_critic, averages)
 
 
-def plain_loop(setup: LearnerSetup) -> tuple[list[dict[str, float]], dict[str, Any], dict[str, Any]]:
-    """The same three updates as an obvious loop over single rollouts, with no code of the learner in it."""
-    from transformers import AutoModelForCausalLM, get_scheduler
+@pytest.fixture(scope="module")
+def one_rank(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
+    setups = {name: make_setup(name, checkpoints) for name in VARIANTS}
+    setups |= {name: make_setup("gae", checkpoints, **learner) for name, learner in SAME.items()}
+    setups["bfloat16"] = make_setup("gae", checkpoints, dtype="bfloat16", micro_batch_tokens=10_000)
+    done: dict[str, Trained] = on_ranks(run_variants, 1, setups, tmp_path_factory.mktemp("one"))[0]
+    return done
 
-    assert setup.model.path is not None
-    assert setup.model.reference is not None
-    policy = AutoModelForCausalLM.from_pretrained(setup.model.path, dtype=torch.float32)
-    reference = AutoModelForCausalLM.from_pretrained(setup.model.reference, dtype=torch.float32)
-    critic = AutoModelForSequenceClassification.from_pretrained(setup.critic_path, num_labels=1, dtype=torch.float32)
-    optimizers = []
-    for model, config in ((policy, setup.learner.policy), (critic, setup.learner.critic)):
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
-        total = NUM_STEPS * EPOCHS * (NUM_ROLLOUTS // MINI_BATCH)
-        optimizers.append((model, optimizer, get_scheduler(config.scheduler, optimizer, config.warmup_steps, total)))
 
-    def tokens_of(scored: ScoredRollout) -> tuple[torch.Tensor, int]:
-        rollout = scored.rollout
-        ids = np.concatenate([rollout.prompt.token_ids, rollout.response_ids]).astype(np.int64)
-        return torch.from_numpy(ids)[None], len(rollout.prompt.token_ids)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder to which two ranks export each variant."""
+    return tmp_path_factory.mktemp("exported")
 
-    def logprobs_of(model: Any, scored: ScoredRollout) -> torch.Tensor:
-        ids, start = tokens_of(scored)
-        scaled = torch.log_softmax(model(input_ids=ids).logits[0] / TEMPERATURE, -1)
-        return torch.stack([scaled[i - 1, ids[0, i]] for i in range(start, ids.shape[1])])
 
-    def values_of(scored: ScoredRollout) -> torch.Tensor:
-        ids, start = tokens_of(scored)
-        hidden = critic.base_model(input_ids=ids).last_hidden_state[0]
-        return torch.stack([critic.score(hidden[i - 1])[0] for i in range(start, ids.shape[1])])
-
-    metrics = []
-    for step in range(NUM_STEPS):
-        scored = random_rollouts(NUM_ROLLOUTS, seed=step)
-        with torch.no_grad():
-            old = [logprobs_of(policy, s) for s in scored]
-            ref = [logprobs_of(reference, s) for s in scored]
-            values = [values_of(s) for s in scored]
-        advantages, returns = [], []
-        for s, old_lp, ref_lp, value in zip(scored, old, ref, values, strict=True):
-            reward = -KL_COEF * (old_lp - ref_lp)
-            reward[-1] += s.score
-            steps = len(reward)
-            delta = [reward[t] + (value[t + 1] if t + 1 < steps else 0.0) - value[t] for t in range(steps)]
-            weighted = [[LAMBDA ** (k - t) * delta[k] for k in range(t, steps)] for t in range(steps)]
-            adv = torch.stack([torch.stack(terms).sum() for terms in weighted])
-            advantages.append(adv)
-            returns.append(adv + value)
-        every = torch.cat(advantages).double()
-        advantages = [((a.double() - every.mean()) / (every.std(correction=0) + 1e-8)).float() for a in advantages]
-        shuffled = np.random.default_rng(step).permutation(NUM_ROLLOUTS).tolist()
-        parts = [shuffled[i : i + MINI_BATCH] for i in range(0, NUM_ROLLOUTS, MINI_BATCH)]
-        order_rng = np.random.default_rng(step)
-        losses = []
-        for epoch in range(EPOCHS):
-            order = range(len(parts)) if epoch == 0 else order_rng.permutation(len(parts)).tolist()
-            for index in order:
-                count = sum(len(old[i]) for i in parts[index])
-                policy_loss, critic_loss = torch.zeros(()), torch.zeros(())
-                for i in parts[index]:
-                    ratio = (logprobs_of(policy, scored[i]) - old[i]).exp()
-                    clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
-                    policy_loss = policy_loss - torch.min(ratio * advantages[i], clipped * advantages[i]).sum()
-                    value = values_of(scored[i])
-                    near = values[i] + (value - values[i]).clamp(-CLIP, CLIP)
-                    worst = torch.max((value - returns[i]) ** 2, (near - returns[i]) ** 2)
-                    critic_loss = critic_loss + 0.5 * worst.sum()
-                for (model, optimizer, scheduler), loss in zip(optimizers, (policy_loss, critic_loss), strict=True):
-                    optimizer.zero_grad()
-                    (loss / count).backward()
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-                    optimizer.step()
-                    scheduler.step()
-                losses.append((float(policy_loss.detach()), float(critic_loss.detach()), count))
-        total = sum(count for _, _, count in losses)
-        metrics.append(
-            {
-                "policy/loss": sum(p for p, _, _ in losses) / total,
-                "critic/loss": sum(c for _, c, _ in losses) / total,
-                "objective/kl": float(sum((o - r).sum() for o, r in zip(old, ref, strict=True))) / NUM_ROLLOUTS,
-            }
-        )
-    return (
-        metrics,
-        {name: p.detach().numpy() for name, p in policy.named_parameters()},
-        {name: p.detach().numpy() for name, p in critic.named_parameters()},
-    )
+@pytest.fixture(scope="module")
+def two_ranks(checkpoints: Checkpoints, exported: Path) -> list[dict[str, Trained]]:
+    return on_ranks(run_variants, 2, {name: make_setup(name, checkpoints) for name in VARIANTS}, exported)
 
 
 def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
     assert one.keys() == other.keys()
-    return max(float(np.abs(one[name] - other[name]).max()) for name in one)
+    return max((float(np.abs(one[name] - other[name]).max()) for name in one), default=0.0)
 
 
-@pytest.fixture(scope="module")
-def one_rank(checkpoints: tuple[Path, Path, Path]) -> Any:
-    return on_ranks(run_updates, 1, make_setup(checkpoints))[0]
+def assert_same(got: Trained, want: Trained, *, weights: float, metrics: float) -> None:
+    for step, (of_got, of_want) in enumerate(zip(got.metrics, want.metrics, strict=True)):
+        assert of_got.keys() == of_want.keys(), step
+        for name, value in of_want.items():
+            assert of_got[name] == pytest.approx(value, abs=metrics, rel=metrics), (step, name)
+    for of_got, of_want in zip(got.policy, want.policy, strict=True):
+        assert furthest(of_got, of_want) < weights
+    assert furthest(got.critic, want.critic) < weights
+    assert furthest(got.average, want.average) < weights
 
 
-def test_one_rank_equals_a_plain_loop(checkpoints: tuple[Path, Path, Path], one_rank: Any) -> None:
-    metrics, policy, critic = one_rank
-    want_metrics, want_policy, want_critic = plain_loop(make_setup(checkpoints))
-    for got, want in zip(metrics, want_metrics, strict=True):
-        for name, value in want.items():
-            assert got[name] == pytest.approx(value, abs=2e-5), name
-    assert furthest(policy, want_policy) < 1e-5
-    assert furthest(critic, want_critic) < 1e-5
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_rank_equals_a_plain_loop(name: str, checkpoints: Checkpoints, one_rank: dict[str, Trained]) -> None:
+    """Every metric too, and no other. (PPO details 1, 3, 4, 5, 8)"""
+    setup = make_setup(name, checkpoints)
+    plain = plain_updates(setup, [train_batch(step) for step in range(NUM_UPDATES)], kl_coef=KL_COEF)
+    assert_same(one_rank[name], plain, weights=2e-6, metrics=2e-5)
 
 
-def uneven_cuts(setup: LearnerSetup) -> bool:
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_equal_one(name: str, two_ranks: list[dict[str, Trained]], one_rank: dict[str, Trained]) -> None:
+    """(PPO details 4, 8)"""
+    first, second = (of_rank[name] for of_rank in two_ranks)
+    assert first.metrics == second.metrics, "every rank reports the same metrics"
+    assert_same(first, one_rank[name], weights=1e-6, metrics=1e-5)
+
+
+def test_the_ranks_have_micro_batches_in_different_numbers_and_one_has_none() -> None:
     counts = []
-    for step in range(NUM_STEPS):
-        lengths = [s.rollout.num_tokens for s in random_rollouts(NUM_ROLLOUTS, seed=step)]
-        hands = deal(lengths, mini_batch_size=MINI_BATCH, num_ranks=2, seed=step)
-        cuts = [
-            [
-                len(micro_batches([lengths[i] for i in part], max_tokens=setup.learner.micro_batch_tokens))
-                for part in hand
+    for step in range(NUM_UPDATES):
+        for index, mini_batch in enumerate(train_batch(step)):
+            lengths = [
+                [s.rollout.num_tokens for s in hand(mini_batch, Ranks(rank, 2, "", 0), step=step, index=index)]
+                for rank in range(2)
             ]
-            for hand in hands
-        ]
-        counts += list(zip(*cuts, strict=True))
-    return any(one != other for one, other in counts)
+            counts.append(tuple(len(micro_batches(of_rank, max_tokens=MICRO_BATCH_TOKENS)) for of_rank in lengths))
+    assert any(one != other for one, other in counts if one and other)
+    assert any(0 in pair for pair in counts)
 
 
-def test_two_ranks_equal_one(checkpoints: tuple[Path, Path, Path], one_rank: Any) -> None:
-    setup = make_setup(checkpoints)
-    assert uneven_cuts(setup), "some rank has fewer micro-batches than the other, and must not leave it waiting"
-    first, second = on_ranks(run_updates, 2, setup)
-    assert first[0] == second[0], "every rank reports the same metrics"
-    for got, want in zip(first[0], one_rank[0], strict=True):
-        assert got.keys() == want.keys()
-        for name, value in want.items():
-            assert got[name] == pytest.approx(value, abs=1e-5, rel=1e-4), name
-    assert furthest(first[1], one_rank[1]) < 1e-5
-    assert furthest(first[2], one_rank[2]) < 1e-5
+@pytest.mark.parametrize("name", SAME)
+def test_cut_and_checkpointing_change_nothing(name: str, one_rank: dict[str, Trained]) -> None:
+    assert_same(one_rank[name], one_rank["gae"], weights=1e-6, metrics=1e-5)
 
 
-def test_the_cut_into_micro_batches_changes_nothing(checkpoints: tuple[Path, Path, Path], one_rank: Any) -> None:
-    _, policy, critic = on_ranks(run_updates, 1, make_setup(checkpoints, micro_batch_tokens=10_000))[0]
-    assert furthest(policy, one_rank[1]) < 1e-5
-    assert furthest(critic, one_rank[2]) < 1e-5
-
-
-def test_gradient_checkpointing_changes_nothing(checkpoints: tuple[Path, Path, Path], one_rank: Any) -> None:
-    _, policy, _ = on_ranks(run_updates, 1, make_setup(checkpoints, gradient_checkpointing=True))[0]
-    assert furthest(policy, one_rank[1]) < 1e-5
-
-
-def test_bfloat16_follows_float32(checkpoints: tuple[Path, Path, Path], one_rank: Any) -> None:
-    metrics, _, _ = on_ranks(run_updates, 1, make_setup(checkpoints, dtype="bfloat16"))[0]
-    for got, want in zip(metrics, one_rank[0], strict=True):
+def test_bfloat16_follows_float32(one_rank: dict[str, Trained]) -> None:
+    for got, want in zip(one_rank["bfloat16"].metrics, one_rank["gae"].metrics, strict=True):
         assert got["objective/kl"] == pytest.approx(want["objective/kl"], abs=0.3)
         assert got["policy/entropy"] == pytest.approx(want["policy/entropy"], abs=0.05)
+
+
+def test_a_warm_up_leaves_the_policy_as_it_is_bit_for_bit(
+    checkpoints: Checkpoints, one_rank: dict[str, Trained]
+) -> None:
+    from safetensors.numpy import load_file
+
+    trained = one_rank["vapo"]
+    start = load_file(Path(checkpoints["policy"]) / "model.safetensors")
+    assert all(np.array_equal(trained.policy[0][name], start[name]) for name in trained.policy[0])
+    assert furthest(trained.policy[1], trained.policy[0]) > 1e-3
+    assert not {"policy/loss", "policy/grad_norm", "policy/lr"} & trained.metrics[0].keys()
+
+
+def test_what_the_variants_are_there_for_took_place(one_rank: dict[str, Trained]) -> None:
+    def seen(name: str, metric: str) -> list[float]:
+        return [of_step.get(metric, 0.0) for of_step in one_rank[name].metrics]
+
+    assert seen("grpo, clip-higher, mask", "policy/skipped_empty") == [0, 2, 0]
+    assert max(seen("grpo, clip-higher, mask", "policy/masked_rollouts")) >= 6
+    assert 0 < max(seen("reinforce++, cispo, top-k and top-p", "offpolicy/outside_fraction")) < 0.5
+    assert 0 < max(seen("reinforce++, cispo, top-k and top-p", "policy/outside_fraction")) < 0.2
+    for name in VARIANTS:
+        assert max(seen(name, "policy/clipfrac")) > 0, name
+    assert max(seen("shared critic, entropy, KL loss", "critic/clipfrac")) > 0
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_was_trained_is_exported(name: str, two_ranks: list[dict[str, Trained]], exported: Path) -> None:
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    def held(kind: Any, folder: Path) -> dict[str, Any]:
+        model = kind.from_pretrained(folder, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(folder)
+        return {key: parameter.detach().numpy() for key, parameter in model.named_parameters()}
+
+    trained, folder, changes = two_ranks[0][name], exported / name, VARIANTS[name]
+    expected = {"policy"}
+    assert furthest(held(AutoModelForCausalLM, folder / "policy"), trained.policy[-1]) == 0
+    if trained.average:
+        expected.add("policy_ema")
+        assert furthest(held(AutoModelForCausalLM, folder / "policy_ema"), trained.average) == 0
+        assert furthest(trained.average, trained.policy[-1]) > 1e-4
+    if changes.get("learner", {}).get("critic_network") == "shared":
+        assert furthest(load_file(folder / "policy" / "value_head.safetensors"), trained.critic) == 0
+    elif trained.critic:
+        expected.add("critic")
+        assert furthest(held(AutoModelForSequenceClassification, folder / "critic"), trained.critic) == 0
+    if "lora" in changes:
+        expected.add("adapter")
+    assert {path.name for path in folder.iterdir()} == expected

@@ -20,6 +20,13 @@ def documented_keys(page: Path) -> set[str]:
     return {match[1] for line in page.read_text(encoding="utf-8").splitlines() if (match := _ROW.match(line))}
 
 
+def conditional_keys(page: Path) -> set[str]:
+    """Those of them that only some settings record: the tables under the heading that says so."""
+    _, _, rest = page.read_text(encoding="utf-8").partition("\n## Only with some settings\n")
+    assert rest, "the heading is there"
+    return {match[1] for line in rest.splitlines() if (match := _ROW.match(line))}
+
+
 def logged_keys(metrics: Path) -> set[str]:
     """The metrics that a metrics.jsonl holds."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -61,7 +68,7 @@ def test_every_curve_that_is_drawn_is_explained() -> None:
 
 @pytest.mark.parametrize("prefix", ["rollout", "eval"])
 def test_the_figures_of_rollouts_and_of_time_are_explained(prefix: str) -> None:
-    info = RolloutInfo(prompt_id=0, sample=0, num_tokens=5, num_response_tokens=2, truncated=False)
+    info = RolloutInfo(prompt_id=0, sample=0, num_tokens=5, num_response_tokens=2, truncated=False, repetition=0.0)
     handles = [ScoredHandle(info, Chunk((info,), payload=None), row=0, score=1.0)]
     watch = Stopwatch(dict.fromkeys(("step_s", "generate_s", "wait_for_generators_s", "learn_s", "sync_s"), 1.0))
     recorded = describe(handles, prefix=prefix) | timings(watch, handles)

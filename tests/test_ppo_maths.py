@@ -1,4 +1,4 @@
-"""Log-probabilities, KL and token rewards of learner.ppo against hand-computed numbers, slow loops and properties."""
+"""KL, its coefficient and token rewards of learner.ppo against hand-computed numbers and properties. A second."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from learner.ppo import (
     KLController,
     kl_penalty,
     last_position,
+    masked,
     masked_sum,
-    token_entropy,
-    token_logprobs,
     token_rewards,
 )
 
@@ -31,58 +30,6 @@ def ragged_mask(num_rows: int, length: int) -> Tensor:
         mask[row, : length - 2 * row] = True
         mask[row, 1] = False
     return mask
-
-
-# Log-probabilities and entropy
-
-
-def test_token_logprobs_by_hand() -> None:
-    logits = torch.tensor([[math.log(1.0), math.log(2.0), math.log(5.0)]] * 2)
-    token_ids = torch.tensor([2, 0])
-    torch.testing.assert_close(
-        token_logprobs(logits, token_ids, temperature=1.0), torch.tensor([5 / 8, 1 / 8]).log(), atol=1e-6, rtol=0
-    )
-    # At temperature 1/2 the odds are squared: 1, 4, 25 of 30.
-    torch.testing.assert_close(
-        token_logprobs(logits, token_ids, temperature=0.5), torch.tensor([25 / 30, 1 / 30]).log(), atol=1e-6, rtol=0
-    )
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_token_logprobs_and_entropy_equal_a_slow_loop(temperature: float) -> None:
-    logits = random(5, 11, seed=0, scale=4.0, dtype=torch.float32)
-    token_ids = torch.tensor([0, 10, 3, 3, 7])
-    logprobs = token_logprobs(logits, token_ids, temperature=temperature)
-    entropy = token_entropy(logits, temperature=temperature)
-    for row in range(5):
-        weights = [math.exp(x / temperature) for x in logits[row].tolist()]
-        probabilities = [w / sum(weights) for w in weights]
-        assert logprobs[row].item() == pytest.approx(math.log(probabilities[int(token_ids[row])]), abs=1e-5)
-        assert entropy[row].item() == pytest.approx(-sum(p * math.log(p) for p in probabilities), abs=1e-5)
-
-
-def test_half_precision_logits_are_computed_in_float32() -> None:
-    logits = random(3, 50, seed=1, scale=5.0, dtype=torch.float32).bfloat16()
-    token_ids = torch.tensor([1, 2, 3])
-    logprobs = token_logprobs(logits, token_ids, temperature=0.8)
-    assert logprobs.dtype == token_entropy(logits, temperature=0.8).dtype == torch.float32
-    exact = torch.log_softmax(logits.double() / 0.8, -1)
-    torch.testing.assert_close(logprobs.double(), exact[range(3), token_ids], atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        token_entropy(logits, temperature=0.8).double(), -(exact.exp() * exact).sum(-1), atol=1e-5, rtol=0
-    )
-
-
-def test_the_entropy_of_equal_logits_is_the_logarithm_of_their_number() -> None:
-    assert token_entropy(torch.zeros(1, 16), temperature=0.3).item() == pytest.approx(math.log(16), abs=1e-6)
-
-
-def test_the_gradient_of_token_logprobs_is_one_hot_minus_softmax_over_temperature() -> None:
-    logits = random(2, 5, seed=2, dtype=torch.float32).requires_grad_()
-    token_ids = torch.tensor([4, 1])
-    token_logprobs(logits, token_ids, temperature=0.7).sum().backward()
-    expected = (torch.nn.functional.one_hot(token_ids, 5) - torch.softmax(logits.detach() / 0.7, -1)) / 0.7
-    torch.testing.assert_close(logits.grad, expected, atol=1e-6, rtol=0)
 
 
 # KL
@@ -131,9 +78,47 @@ def test_k3_is_never_negative_and_zero_only_at_equality() -> None:
     assert k3[300].item() == 0.0
 
 
-def test_one_mismatch_cannot_overflow_k3() -> None:
-    k3 = kl_penalty(torch.tensor([-500.0, 500.0]), torch.zeros(2), estimator="k3")
-    assert k3.tolist() == pytest.approx([math.exp(MAX_LOG_RATIO) - 1 - 500, math.exp(-MAX_LOG_RATIO) - 1 + 500])
+def test_k3_is_clamped_before_exp_so_that_one_mismatch_cannot_overflow() -> None:
+    """Neither its value nor its gradient. (PPO details 7)"""
+    leaf = torch.tensor([-500.0, 500.0]).requires_grad_()
+    k3 = kl_penalty(leaf, torch.zeros(2), estimator="k3")
+    assert MAX_LOG_RATIO == 10
+    assert k3.tolist() == pytest.approx([math.exp(10) - 1 - 500, math.exp(-10) - 1 + 500])
+    k3.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [1.0, 1.0]  # of the linear part: the other is cut off
+
+
+def expected_gradient(logits: Tensor, reference: Tensor, estimator: str) -> Tensor:
+    """The mean over samples of the policy of the gradient of the estimate as a loss, exactly."""
+    total = torch.zeros_like(logits)
+    probabilities = torch.softmax(logits, -1)
+    for token, p in enumerate(probabilities):
+        leaf = logits.clone().requires_grad_()
+        logprob = torch.log_softmax(leaf, -1)[token]
+        kl_penalty(logprob, reference[token], estimator=estimator).backward()
+        assert leaf.grad is not None
+        total += p * leaf.grad
+    return total
+
+
+def test_as_losses_k1_has_no_gradient_k2_that_of_the_kl_and_k3_that_of_the_other_kl() -> None:
+    """Means over samples of the policy: of grad log p, of log(p/q) grad log p, of (1 - q/p) grad log p."""
+    logits, reference = random(8, seed=3), torch.log_softmax(random(8, seed=4), -1)
+    leaf = logits.clone().requires_grad_()
+    policy = torch.log_softmax(leaf, -1)
+    (kl,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), leaf, retain_graph=True)
+    (other_kl,) = torch.autograd.grad((reference.exp() * (reference - policy)).sum(), leaf)
+    assert kl.abs().max() > 0.05
+    torch.testing.assert_close(expected_gradient(logits, reference, "k1"), torch.zeros(8).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(expected_gradient(logits, reference, "k2"), kl, atol=1e-12, rtol=0)
+    torch.testing.assert_close(expected_gradient(logits, reference, "k3"), other_kl, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradients_of_the_estimators_equal_finite_differences(estimator: str) -> None:
+    logprobs, reference = random(3, 5, seed=5).requires_grad_(), random(3, 5, seed=6)
+    assert torch.autograd.gradcheck(lambda x: kl_penalty(x, reference, estimator=estimator), logprobs)
 
 
 def test_an_unknown_estimator_is_refused() -> None:
@@ -153,6 +138,7 @@ def test_token_rewards_by_hand() -> None:
 
 
 def test_the_score_stands_once_on_the_last_token_the_policy_wrote() -> None:
+    """Never one past the end, and before tokens that the environment wrote. (PPO details 1)"""
     mask = ragged_mask(4, 9)
     mask[0, -1] = False  # the last token of the row is the environment's
     kl = torch.zeros(4, 9)
@@ -163,6 +149,18 @@ def test_the_score_stands_once_on_the_last_token_the_policy_wrote() -> None:
         assert [t for t in range(9) if rewards[row, t] != 0] == [last]
         assert rewards[row, last] == scores[row]
     assert last_position(mask).tolist() == [7, 6, 4, 2]
+
+
+def test_where_a_response_ends_is_found_by_position_when_pad_is_eos() -> None:
+    """Ids 7 at the end of two rows: one is the EOS that the policy wrote, the other padding. (PPO details 12)"""
+    eos = pad = 7
+    responses = [[3, eos, 4, eos], [3, 5]]  # an EOS id inside a response ends nothing either
+    ids = torch.tensor([row + [pad] * (5 - len(row)) for row in responses])
+    mask = torch.tensor([[t < len(row) for t in range(5)] for row in responses])
+    rewards = token_rewards(torch.tensor([2.0, 3.0]), torch.zeros(2, 5), mask, kl_coef=0.1)
+    assert rewards.tolist() == [[0, 0, 0, 2, 0], [0, 3, 0, 0, 0]]
+    by_id = [int((row == pad).int().argmax()) - 1 for row in ids]  # what looking for the first pad would find
+    assert by_id[0] != 3 == last_position(mask)[0]
 
 
 def test_the_sum_of_rewards_is_score_minus_kl_whatever_stands_under_the_mask() -> None:
@@ -182,6 +180,7 @@ def test_a_response_without_a_token_of_the_policy_is_a_mistake() -> None:
 def test_masked_sum_by_hand() -> None:
     values = torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), 4.0, 8.0]])
     mask = torch.tensor([[True, False, True], [False, True, False]])
+    assert masked(values, mask).tolist() == [[1, 0, 2], [0, 4, 0]]
     assert masked_sum(values, mask).item() == 7
     assert masked_sum(values, torch.zeros_like(mask)).item() == 0
 
@@ -190,6 +189,7 @@ def test_masked_sum_by_hand() -> None:
 
 
 def test_the_adaptive_coefficient_by_hand() -> None:
+    """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon. (PPO details 15)"""
     controller = KLController(0.2, target=6.0, horizon=10_000)
     assert controller.updated(6.0, num_rollouts=512).coef == pytest.approx(0.2)
     assert controller.updated(6.6, num_rollouts=512).coef == pytest.approx(0.2 * (1 + 0.1 * 0.0512))

@@ -1,4 +1,7 @@
-"""Rows from files, prompts in order, and text as token ids, against hand-written texts and a byte-level tokenizer."""
+"""Rows from files, prompts in order, and text as token ids, against hand-written texts and a byte-level tokenizer.
+
+About four seconds, most of them for importing transformers and datasets.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.prompts import (
-    PromptSource,
-    check_columns,
-    preference_pairs,
-    render_conversation,
-    supervised_examples,
-    tokenise_prompts,
-)
+from actors.formats import RowFormat
+from actors.prompts import PromptSource
+from actors.rendering import render_conversation, tokenise_prompts
+from actors.rollout import Prompt
 from actors.rows import read_rows
-from conf.schema import ConfigError, DataConfig
+from actors.supervised_rows import check_columns, preference_pairs, ptx_rows, supervised_examples
+from conf.schema import ConfigError, DataConfig, PTXConfig
 from tests.tiny_models import BOS_ID, EOS_ID, tiny_tokenizer
 
 TEMPLATE = (
@@ -57,6 +57,10 @@ def rows(*prompts: Any) -> list[dict[str, Any]]:
 
 def source(count: int = 5, *, seed: int = 3, data: DataConfig = PLAIN) -> PromptSource:
     return PromptSource(rows(*(f"prompt {number}" for number in range(count))), tokenizer(), data, seed=seed)
+
+
+def tokenised(given: Sequence[Mapping[str, Any]], made: Any, data: DataConfig) -> list[Prompt]:
+    return tokenise_prompts(given, made, RowFormat.of(data))
 
 
 def texts(prompts: Sequence[Any]) -> list[str]:
@@ -101,6 +105,31 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, mes
     assert message in answer
 
 
+def test_a_json_file_holds_one_array_or_an_object_a_line(tmp_path: Path) -> None:
+    expected = [{"instruction": "é", "history": [["a", "b"]]}, {"instruction": "c"}]
+    pretty = json.dumps(expected, ensure_ascii=False, indent=2)
+    assert read_rows(write(tmp_path / "array.json", "\ufeff\n" + pretty + "\n\n"), "train") == expected
+    lines = "".join(json.dumps(row) + "\n" for row in expected)
+    assert read_rows(write(tmp_path / "lines.json", lines), "train") == expected
+    assert "line 1 is no JSON object but list" in unreadable(write(tmp_path / "array.jsonl", json.dumps(expected)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n {"a": }]', "line 2 is not JSON: Expecting value at column 8"),
+        (b'[{"a": 1}, "b"]', "row 2 is no JSON object but str"),
+        (b'[{"a": "\xff"}]', "is not UTF-8 (byte 9)"),
+        (b" []", "holds no rows"),
+        (b"", "holds no rows"),
+    ],
+)
+def test_an_array_that_cannot_be_read_is_one_message(tmp_path: Path, content: bytes, message: str) -> None:
+    answer = unreadable(write(tmp_path / "rows.json", content), key="data.sources[1].path")
+    assert answer.startswith("data.sources[1].path=")
+    assert message in answer
+
+
 def test_parquet_rows_with_chat_messages(tmp_path: Path) -> None:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
@@ -122,6 +151,8 @@ def test_saved_datasets_with_and_without_splits(tmp_path: Path) -> None:
     answer = unreadable(str(tmp_path / "two"), "validation", key="data.eval_path")
     assert answer.startswith("data.eval_split='validation': ")
     assert "it has train, test" in answer
+    answer = unreadable(str(tmp_path / "two"), "validation", key="data.sources[1].path")
+    assert answer.startswith("data.sources[1].split='validation': ")
 
 
 def test_a_dataset_that_cannot_be_reached_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +162,10 @@ def test_a_dataset_that_cannot_be_reached_is_one_message(tmp_path: Path, monkeyp
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     answer = unreadable("nobody/no-such-dataset")
-    assert answer.startswith("data.path='nobody/no-such-dataset': neither a jsonl or parquet file nor a dataset")
+    assert answer.startswith("data.path='nobody/no-such-dataset': no jsonl, json or parquet file, and no dataset")
     assert "\n" not in answer
     (tmp_path / "empty").mkdir()
-    assert "neither a jsonl" in unreadable(str(tmp_path / "empty"))
+    assert "no jsonl, json or" in unreadable(str(tmp_path / "empty"))
     assert "cannot be read" in unreadable(str(tmp_path / "none.jsonl"))
 
 
@@ -143,7 +174,7 @@ def test_a_dataset_that_cannot_be_reached_is_one_message(tmp_path: Path, monkeyp
 
 def test_with_a_template_it_alone_writes_special_tokens() -> None:
     data = DataConfig(system_prompt="be brief")
-    (prompt,) = tokenise_prompts(rows("hi"), tokenizer(bos=True), data)
+    (prompt,) = tokenised(rows("hi"), tokenizer(bos=True), data)
     assert prompt.text == "<bos><system>be brief<user>hi<assistant>"
     assert prompt.token_ids.tolist() == [BOS_ID, *text_ids("<system>be brief<user>hi<assistant>")]
     assert prompt.token_ids.dtype == np.int32
@@ -154,7 +185,7 @@ def test_with_a_template_it_alone_writes_special_tokens() -> None:
 @pytest.mark.parametrize("eos", [False, True])
 @pytest.mark.parametrize("bos", [False, True])
 def test_without_a_template_the_tokenizer_adds_its_bos(bos: bool, eos: bool) -> None:
-    (prompt,) = tokenise_prompts(rows("hi"), tokenizer(None, bos=bos, eos=eos), PLAIN)
+    (prompt,) = tokenised(rows("hi"), tokenizer(None, bos=bos, eos=eos), PLAIN)
     assert prompt.text == "hi"
     assert prompt.token_ids.tolist() == [BOS_ID] * bos + text_ids("hi")
     assert prompt.messages == ({"role": "user", "content": "hi"},)
@@ -163,7 +194,7 @@ def test_without_a_template_the_tokenizer_adds_its_bos(bos: bool, eos: bool) -> 
 def test_chat_messages_and_another_key() -> None:
     turns = [{"role": "user", "content": "a", "id": 3}, {"role": "assistant", "content": "b"}]
     turns.append({"role": "user", "content": "c"})
-    (prompt,) = tokenise_prompts([{"chat": turns}], tokenizer(), DataConfig(prompt_key="chat"))
+    (prompt,) = tokenised([{"chat": turns}], tokenizer(), DataConfig(prompt_key="chat"))
     assert prompt.text == "<bos><user>a<assistant>b<eos><user>c<assistant>"
     assert prompt.messages[0] == {"role": "user", "content": "a"}
 
@@ -181,9 +212,19 @@ ANSWERED = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "
         ({"prompt": []}, TEMPLATE, DataConfig(), "row 2 is empty"),
         ({"prompt": 3}, TEMPLATE, DataConfig(), "row 2 holds neither text nor a list of chat messages"),
         ({"prompt": None}, TEMPLATE, DataConfig(), "row 2 holds neither"),
-        ({"prompt": [{"role": "user"}]}, TEMPLATE, DataConfig(), "row 2 holds neither"),
+        (
+            {"prompt": [{"role": "user"}]},
+            TEMPLATE,
+            DataConfig(),
+            "row 2 has message 1 without the text fields role and",
+        ),
         ({"prompt": ANSWERED}, TEMPLATE, DataConfig(), "row 2 ends with a message of the assistant"),
-        ({"prompt": SYSTEM_TURNS}, None, PLAIN, "row 2 holds chat messages, which need data.chat_template=true"),
+        (
+            {"prompt": SYSTEM_TURNS},
+            None,
+            PLAIN,
+            "row 2 holds several chat messages, which need data.chat_template=true",
+        ),
         ({"prompt": SYSTEM_TURNS}, TEMPLATE, DataConfig(system_prompt="x"), "begins with a system message of its own"),
         ({"prompt": SYSTEM_TURNS}, STRICT, DataConfig(), "template refuses row 2: no system role"),
         ({"prompt": "b"}, None, DataConfig(), "data.chat_template=True: the tokenizer has no chat template; set data"),
@@ -193,7 +234,7 @@ def test_a_row_that_makes_no_prompt_is_named(
     second: Mapping[str, Any], template: str | None, data: DataConfig, message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        tokenise_prompts([{"prompt": "a"}, second], tokenizer(template), data)
+        tokenised([{"prompt": "a"}, second], tokenizer(template), data)
     assert message in str(caught.value)
 
 
@@ -304,6 +345,13 @@ def test_a_row_that_makes_no_pair_is_named(row: dict[str, Any], message: str) ->
     assert message in str(caught.value)
 
 
+def test_a_template_that_refuses_a_pair_names_its_row() -> None:
+    given = [{"prompt": [{"role": role, "content": "q"} for role in roles], "chosen": "a", "rejected": "b"}
+             for roles in (["user"], ["system", "user"])]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^sft\.data_path='rows\.jsonl': .* refuses row 2: no system role"):
+        preference_pairs(given, tokenizer(STRICT), DataConfig(), chat_template=None, source=SOURCE)
+
+
 def test_columns_are_checked_without_a_tokenizer() -> None:
     good = {"prompt": "q", "answer": "a"}
     check_columns([good], DataConfig(), ("answer",), source=SOURCE)
@@ -332,3 +380,45 @@ def test_a_conversation_has_one_bos_and_one_end(
 ) -> None:
     made = tokenizer(template, bos=True, eos=eos)
     assert render_conversation(made, TURNS, "r", chat_template, closed=closed) == expected
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+def ptx(folder: Path, given: Sequence[Any], **changes: Any) -> PTXConfig:
+    path = write(folder / "text.jsonl", "".join(json.dumps(row) + "\n" for row in given))
+    return PTXConfig(coef=1.0, path=path, **changes)
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_a_text_row_is_its_tokens_and_one_eos_cut_at_the_limit(tmp_path: Path, eos: bool) -> None:
+    config = ptx(tmp_path, [{"text": "abc"}, {"text": "abcdef"}, {"text": "abcd"}], max_tokens=6)
+    made = ptx_rows(config, tokenizer(bos=True, eos=eos))
+    assert [row.tolist() for row in made] == [
+        [BOS_ID, *text_ids("abc"), EOS_ID],
+        [BOS_ID, *text_ids("abcde")],
+        [BOS_ID, *text_ids("abcd"), EOS_ID],
+    ]
+    assert all(row.dtype == np.int32 for row in made)
+
+
+def test_text_rows_in_which_nothing_is_predicted_are_left_out(tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    made = tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    assert [row.tolist() for row in ptx_rows(ptx(tmp_path, [{"text": "xx"}, {"text": "xa"}]), made)] == [
+        [*text_ids("a"), EOS_ID]
+    ]
+    with pytest.raises(ConfigError, match=r"^algorithm\.ptx\.path=.*none of its 1 texts has a token beside EOS"):
+        ptx_rows(ptx(tmp_path, [{"text": "x"}]), made)
+
+
+@pytest.mark.parametrize("row", [{"body": "b"}, {"text": " \n"}, {"text": 3}, {"text": None}])
+def test_a_row_without_text_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
+    config = ptx(tmp_path, [{"text": "a"}, row])
+    with pytest.raises(ConfigError, match=r"^algorithm\.ptx\.text_key='text': row 2 of .*text\.jsonl has no text"):
+        ptx_rows(config, tokenizer())
+    write(tmp_path / "text.jsonl", "{")
+    with pytest.raises(ConfigError, match=r"^algorithm\.ptx\.path=.*line 1 is not JSON"):
+        ptx_rows(config, tokenizer())

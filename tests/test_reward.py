@@ -1,289 +1,199 @@
-"""Reward models against unbatched Hugging Face forwards of hand-written conversations, and their refusals."""
+"""The composition of reward sources: weights, retries, and what becomes of rollouts without a score. About a second."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BertConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
+
+from actors.reward import FunctionReward, Judged, Rewards, SourceError, make_source, source_configs
+from actors.reward_http import HTTPReward
+from actors.reward_source import Fault
+from conf.schema import ConfigError, RewardConfig, RewardSourceConfig
+from tests.reward_rollouts import rollout
+
+# Functions for the sources to name. SCRIPTS says what each call of `first` and `second` returns or raises.
+
+SCRIPTS: dict[str, list[Any]] = {}
+ASKED: list[tuple[str, list[str]]] = []
+
+
+def _called(name: str, responses: list[str]) -> Any:
+    ASKED.append((name, responses))
+    answer = SCRIPTS[name].pop(0)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def first(prompts: list[str], responses: list[str], rows: list[Mapping[str, Any]]) -> Any:
+    return _called("first", responses)
+
+
+def second(prompts: list[str], responses: list[str], rows: list[Mapping[str, Any]]) -> Any:
+    return _called("second", responses)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    SCRIPTS.clear()
+    ASKED.clear()
+    yield
+    assert not any(SCRIPTS.values()), "a source was asked less often than the script says"
+
+
+def function(name: str, weight: float = 1.0) -> RewardSourceConfig:
+    return RewardSourceConfig(type="function", name=name, weight=weight, function=f"tests.test_reward:{name}")
+
+
+class Composed:
+    """Two scripted functions, and how long each wait between two tries was."""
+
+    def __init__(self, *, weights: tuple[float, float] = (1.0, 1.0), **settings: Any) -> None:
+        self.waits: list[float] = []
+        sources = (function("first", weights[0]), function("second", weights[1]))
+        config = RewardConfig(sources=sources, **settings)
+        self.rewards = Rewards(config, trained=None, device="cpu", sleep=self.waits.append)
+
+    def score(self, **scripts: Sequence[Any]) -> list[Judged]:
+        SCRIPTS.update({name: list(answers) for name, answers in scripts.items()})
+        return self.rewards.score(THREE)
+
+
+THREE = [rollout("q", letter, number=5, sample=number) for number, letter in enumerate("abc")]
+
+
+def test_a_score_is_the_weighted_sum_of_the_parts() -> None:
+    judged = Composed(weights=(0.5, -2.0)).score(first=[[1.0, 2.0, True]], second=[[10, 0.25, 0.0]])
+    # 0.5 * 1 - 2 * 10, 0.5 * 2 - 2 * 0.25, 0.5 * 1 - 2 * 0
+    assert [one.score for one in judged] == [-19.5, 0.5, 0.5]
+    assert [one.parts for one in judged] == [
+        {"first": 1.0, "second": 10.0},
+        {"first": 2.0, "second": 0.25},
+        {"first": 1.0, "second": 0.0},
+    ]
+    assert [one.fault for one in judged] == [None] * 3
+
+
+def test_no_rollouts_have_no_scores() -> None:
+    assert Composed().rewards.score([]) == []
+
+
+def test_a_call_that_fails_is_made_again_after_doubling_waits() -> None:
+    composed = Composed(retries=3, backoff_s=0.5)
+    errors = [OSError("busy")] * 3
+    judged = composed.score(first=[*errors, [1.0, 2.0, 3.0]], second=[[0.0, 0.0, 0.0]])
+    assert [one.score for one in judged] == [1.0, 2.0, 3.0]
+    assert composed.waits == [0.5, 1.0, 2.0]
+    assert composed.rewards.num_retries == 3
+    assert [asked for asked in ASKED if asked[0] == "first"] == [("first", ["a", "b", "c"])] * 4
+
+
+def test_only_the_rollouts_without_a_score_are_asked_for_again() -> None:
+    composed = Composed()
+    judged = composed.score(first=[[1.0, math.nan, None], [math.nan, 3.0], [2.0]], second=[[0.0, 0.0, 0.0]])
+    assert [one.score for one in judged] == [1.0, 2.0, 3.0]
+    assert ASKED[:3] == [("first", ["a", "b", "c"]), ("first", ["b", "c"]), ("first", ["b"])]
+    assert composed.waits == [1.0, 2.0]
+    assert composed.rewards.num_retries == 2
+
+
+def test_what_another_try_would_not_change_is_not_asked_for_again() -> None:
+    composed = Composed(on_failure="drop")
+    judged = composed.score(first=[[1.0, Fault("no gold", lasting=True), 3.0]], second=[[0.0, 0.0]])
+    assert [one.score for one in judged] == [1.0, None, 3.0]
+    assert composed.waits == []
+    assert composed.rewards.num_retries == 0
+
+
+@pytest.mark.parametrize("failing", [[1.0, math.nan, 3.0], [1.0, None, 3.0], [1.0, "0", 3.0]])
+def test_a_rollout_that_one_source_cannot_score_is_dropped_and_has_no_score_of_zero(failing: list[Any]) -> None:
+    """(PPO details 13)"""
+    composed = Composed(on_failure="drop", retries=1)
+    judged = composed.score(first=[failing, [failing[1]]], second=[[10.0, 30.0]])
+    assert [one.score for one in judged] == [11.0, None, 33.0]
+    assert ASKED[-1] == ("second", ["a", "c"]), "a dropped rollout is not scored any further"
+    assert judged[1].parts == {}
+    assert judged[1].fault is not None
+    assert judged[1].fault.startswith("reward.sources[0] (first) gave prompt 5, sample 1 no score after 2 tries: ")
+
+
+def test_a_source_that_fails_as_a_whole_drops_its_rollouts_and_keeps_the_other_parts() -> None:
+    """(PPO details 13)"""
+    judged = Composed(on_failure="drop", retries=2).score(first=[[1.0, 2.0, 3.0]], second=[OSError("gone")] * 3)
+    assert [one.score for one in judged] == [None] * 3
+    assert [one.parts for one in judged] == [{"first": 1.0}, {"first": 2.0}, {"first": 3.0}]
+    assert all("reward.sources[1] (second)" in str(one.fault) and "OSError: gone" in str(one.fault) for one in judged)
+
+
+@pytest.mark.parametrize("answer", [OSError("gone"), [1.0, 2.0], [math.nan, math.nan, math.nan]])
+def test_a_failure_stops_the_run_with_source_rollout_and_cause(answer: Any) -> None:
+    """(PPO details 13)"""
+    composed = Composed(on_failure="stop", retries=2)
+    with pytest.raises(SourceError) as caught:
+        composed.score(first=[[0.0, 0.0, 0.0]], second=[answer] * 3)
+    start = "reward.sources[1] (second) gave prompt 5, sample 0 no score after 3 tries: "
+    assert str(caught.value).startswith(f"{start}reward.sources[1].function tests.test_reward:second r")
+    assert composed.rewards.num_retries == 2
+
+
+def test_without_retries_a_failure_is_final() -> None:
+    composed = Composed(retries=0)
+    with pytest.raises(SourceError, match=r"after 1 try: .* raised OSError: gone"):
+        composed.score(first=[OSError("gone")])
+    assert composed.waits == []
+
+
+def test_a_wrong_setting_is_not_tried_again_and_never_dropped() -> None:
+    with pytest.raises(ConfigError, match="other"):
+        Composed(on_failure="drop").score(first=[ConfigError("k", 1, "other")])
+
+
+def model(path: str | None = None, **settings: Any) -> RewardSourceConfig:
+    return RewardSourceConfig(path=path, **settings)
+
+
+def test_a_trained_model_takes_the_open_place() -> None:
+    trained = "runs/rm"
+    assert source_configs(RewardConfig(), trained) == (model(trained),)
+    given = RewardConfig(sources=(function("first"), model(weight=2.0), model("other", name="other")))
+    expected = (function("first"), model(trained, weight=2.0), model("other", name="other"))
+    assert source_configs(given, trained) == expected
+    closed = RewardConfig(sources=(model("a"), function("first")))
+    assert source_configs(closed, None) == closed.sources
+
+
+@pytest.mark.parametrize(
+    ("sources", "trained", "message"),
+    [
+        ((), None, "^reward.sources=.*nothing scores the rollouts"),
+        ((function("first"), model()), None, r"^reward.sources\[1\].path=None: name a reward model, or train one"),
+        ((model(), model(name="b")), "rm", r"^reward.sources\[1\].path=None: reward.sources\[0\] has none either"),
+        ((function("first"), model("a")), "rm", "^reward.sources=.*none is the model that the stage reward trains"),
+    ],
 )
-
-from actors.reward import FunctionReward, RewardModel, make_reward_source, token_batches
-from actors.rollout import Prompt, Rollout
-from conf.schema import ConfigError, RewardConfig
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ("<eos>", "<|user|>", "<|assistant|>", "<|system|>")
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt2")
+def test_sources_that_leave_something_open_are_refused(
+    sources: tuple[RewardSourceConfig, ...], trained: str | None, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        source_configs(RewardConfig(sources=sources), trained)
 
 
-def tiny_tokenizer(template: str | None = TEMPLATE, *, reverse: bool = False) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without merges whose pad token is its EOS; `reverse` numbers the bytes the other way."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *alphabet))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", extra_special_tokens=list(SPECIAL[1:])
-    )
-    fast.chat_template = template
-    return fast
-
-
-def tiny_config(family: str, *, num_labels: int = 1) -> PreTrainedConfig:
-    shared: dict[str, Any] = {
-        "vocab_size": 260,
-        "num_labels": num_labels,
-        "pad_token_id": 0,
-        "eos_token_id": 0,
-        "bos_token_id": None,
-    }
-    shared["initializer_range"] = 0.3
-    if family == "gpt2":
-        return GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=96, **shared)
-    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"num_key_value_heads": 1, "max_position_embeddings": 96}
-    return kind(**sizes, **({"head_dim": 16} if family == "qwen3" else {}), **shared)
-
-
-def save_reward_model(
-    folder: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, auto: Any = None
-) -> str:
-    torch.manual_seed(3)
-    (auto or AutoModelForSequenceClassification).from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("reward")
-    return {name: save_reward_model(root / name, tiny_config(name), tiny_tokenizer()) for name in FAMILIES}
-
-
-def rollout(question: str, answer: str, *, finish: str = "stop", number: int = 0) -> Rollout:
-    """A rollout whose token ids are those of no tokenizer: a reward source must read the text."""
-    length = 3
-    return Rollout(
-        prompt=Prompt(
-            id=number,
-            token_ids=np.full(2, 999, np.int32),
-            text=f"policy template: {question}",
-            messages=({"role": "user", "content": question},),
-            row={"number": number},
-        ),
-        sample=0,
-        response_ids=np.full(length, 999, np.int32),
-        rollout_logprobs=np.zeros(length, np.float32),
-        response_mask=np.ones(length, np.bool_),
-        policy_versions=np.zeros(length, np.int32),
-        finish_reason=finish,
-        text=answer,
-    )
-
-
-def closed_text(question: str, answer: str) -> str:
-    return f"<|user|>{question}<eos>\n<|assistant|>{answer}<eos>\n"
-
-
-def hf_score(path: str, tokenizer: PreTrainedTokenizerFast, text: str) -> float:
-    """The score of `text` alone by Hugging Face's own forward pass, read at the last token."""
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
-    model.config.pad_token_id = None  # or HF would look for the last token that is not EOS
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    with torch.no_grad():
-        return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
-
-
-DIALOGUES = [
-    ("2+2?", "4"),
-    ("Name a colour of the sky at noon.", "blue, mostly"),
-    ("?", ""),
-    ("Say a!", "aaaaaaaaaaaa"),
-]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores_equal_unbatched_hugging_face_forwards(family: str, checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints[family], RewardConfig(), device="cpu")
-    scores = model.score([rollout(q, a, number=i) for i, (q, a) in enumerate(DIALOGUES)])
-    expected = [hf_score(checkpoints[family], tiny_tokenizer(), closed_text(q, a)) for q, a in DIALOGUES]
-    assert scores == pytest.approx(expected, abs=1e-5)
-    assert np.ptp(scores) > 0.1, "or the test could not tell one conversation from another"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_score_does_not_depend_on_its_batch(family: str, checkpoints: dict[str, str]) -> None:
-    rollouts = [rollout("q" * (1 + 7 * i % 11), "a" * (1 + 5 * i % 13), number=i) for i in range(12)]
-    alone = RewardModel(checkpoints[family], RewardConfig(max_batch_tokens=96), device="cpu")
-    together = RewardModel(checkpoints[family], RewardConfig(max_batch_tokens=2000), device="cpu")
-    one_by_one = [alone.score([one])[0] for one in rollouts]
-    assert together.score(rollouts) == pytest.approx(one_by_one, abs=1e-5)
-    assert together.score(rollouts[::-1])[::-1] == pytest.approx(one_by_one, abs=1e-5)
-    assert alone.score(rollouts) == pytest.approx(one_by_one, abs=1e-5)
-    assert alone.score([]) == []
-
-
-def test_forward_passes_keep_to_the_token_budget(checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints["llama"], RewardConfig(max_batch_tokens=60), device="cpu")
-    shapes: list[tuple[int, ...]] = []
-    model.model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    model.score([rollout("q" * n, "a") for n in (1, 20, 2, 30, 3)])
-    # Seven tokens stand around each question: 37 | 27, 10 | 9, 8.
-    assert shapes == [(1, 37), (2, 27), (2, 9)]
-
-
-def test_token_batches_by_hand() -> None:
-    assert list(token_batches([3, 10, 4, 4, 1], 12)) == [[1], [2, 3, 0], [4]]
-    assert list(token_batches([5], 5)) == [[0]]
-    assert list(token_batches([], 5)) == []
-
-
-def test_an_own_tokenizer_and_template_read_the_text(tmp_path: Path) -> None:
-    """A template without a generation prompt, as reward models have: a cut answer still has its header."""
-    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}<eos>{% endfor %}"
-    other = tiny_tokenizer(template, reverse=True)
-    path = save_reward_model(tmp_path / "other", tiny_config("qwen2"), other)
-    model = RewardModel(path, RewardConfig(), device="cpu")
-    scores = model.score([rollout("2+2?", "4"), rollout("2+2?", "4", finish="length")])
-    texts = ["[user] 2+2?<eos>[assistant] 4<eos>", "[user] 2+2?<eos>[assistant] 4"]
-    assert scores == pytest.approx([hf_score(path, other, text) for text in texts], abs=1e-5)
-    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
-
-
-def decoded(model: RewardModel, one: Rollout) -> str:
-    return str(model.tokenizer.decode(model.render(one), clean_up_tokenization_spaces=False))
-
-
-def test_a_cut_response_is_left_open(checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints["llama"], RewardConfig(), device="cpu")
-    assert decoded(model, rollout("2+2?", "4")) == closed_text("2+2?", "4")
-    cut = rollout("2+2?", "It is ", finish="length")
-    assert decoded(model, cut) == "<|user|>2+2?<eos>\n<|assistant|>It is "
-    expected = hf_score(model.path, tiny_tokenizer(), "<|user|>2+2?<eos>\n<|assistant|>It is ")
-    assert model.score([cut]) == pytest.approx([expected], abs=1e-5)
-    empty = rollout("2+2?", "", finish="length")
-    assert decoded(model, empty) == "<|user|>2+2?<eos>\n<|assistant|>"
-
-
-@pytest.mark.parametrize("has_template", [True, False])
-def test_without_a_template_the_text_is_prompt_response_eos(tmp_path: Path, has_template: bool) -> None:
-    path = save_reward_model(
-        tmp_path / "plain", tiny_config("gpt2"), tiny_tokenizer(TEMPLATE if has_template else None)
-    )
-    model = RewardModel(path, RewardConfig(chat_template=False if has_template else None), device="cpu")
-    assert decoded(model, rollout("2+2=", "4")) == "2+2=4<eos>"
-    assert decoded(model, rollout("2+2=", "4", finish="length")) == "2+2=4"
-    expected = hf_score(path, tiny_tokenizer(), "2+2=4<eos>")
-    assert model.score([rollout("2+2=", "4")]) == pytest.approx([expected], abs=1e-5)
-
-
-def test_bfloat16_keeps_the_head_in_float32(checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints["qwen3"], RewardConfig(dtype="bfloat16"), device="cpu")
-    assert {p.dtype for p in model.model.base_model.parameters()} == {torch.bfloat16}
-    assert model.model.score.weight.dtype == torch.float32
-    exact = RewardModel(checkpoints["qwen3"], RewardConfig(), device="cpu")
-    rollouts = [rollout(q, a) for q, a in DIALOGUES]
-    assert model.score(rollouts) == pytest.approx(exact.score(rollouts), abs=0.15)
-    assert model.score(rollouts) != exact.score(rollouts)
-
-
-def test_the_model_neither_trains_nor_drops(checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints["gpt2"], RewardConfig(), device="cpu")
-    assert AutoConfig.from_pretrained(checkpoints["gpt2"]).resid_pdrop > 0
-    assert not any(module.training for module in model.model.modules())
-    assert not any(parameter.requires_grad for parameter in model.model.parameters())
-
-
-def refused(path: str, config: RewardConfig | None = None) -> str:
-    with pytest.raises(ConfigError) as caught:
-        RewardModel(path, config or RewardConfig(path=path), device="cpu")
-    assert caught.value.key.startswith("reward.")
-    return str(caught.value)
-
-
-def test_checkpoints_that_cannot_score_are_refused(tmp_path: Path) -> None:
-    two = save_reward_model(tmp_path / "two", tiny_config("llama", num_labels=2), tiny_tokenizer())
-    assert refused(two).startswith("reward.path=")
-    assert "2 labels" in refused(two)
-
-    policy = save_reward_model(tmp_path / "policy", tiny_config("llama"), tiny_tokenizer(), AutoModelForCausalLM)
-    assert "score.weight" in refused(policy)
-
-    bert = BertConfig(
-        vocab_size=260, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, num_labels=1
-    )
-    assert "no `score` head" in refused(save_reward_model(tmp_path / "bert", bert, tiny_tokenizer()))
-
-    plain = save_reward_model(tmp_path / "plain", tiny_config("llama"), tiny_tokenizer(None))
-    assert "reward.chat_template=True" in refused(plain, RewardConfig(path=plain, chat_template=True))
-
-    endless = tiny_tokenizer(None)
-    endless.eos_token = None
-    assert "neither a chat template nor an EOS" in refused(
-        save_reward_model(tmp_path / "endless", tiny_config("llama"), endless)
-    )
-
-    assert "is not a Hugging Face checkpoint" in refused(str(tmp_path / "nowhere"))
-
-
-def test_a_token_that_the_embedding_lacks_is_refused(tmp_path: Path) -> None:
-    config = tiny_config("llama")
-    config.vocab_size = 50
-    model = RewardModel(save_reward_model(tmp_path, config, tiny_tokenizer()), RewardConfig(), device="cpu")
-    with pytest.raises(ConfigError, match=r"^reward\.path=.* its tokenizer gives token \d+, its embedding has 50 rows"):
-        model.score([rollout("b", "b")])
-
-
-def test_a_conversation_that_does_not_fit_is_named(checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints["llama"], RewardConfig(), device="cpu")
-    with pytest.raises(ValueError, match=r"prompt 7, sample 0, has 106 tokens .* context is 96"):
-        model.score([rollout("fits", "a"), rollout("q" * 99, "a", number=7)])
-    narrow = RewardModel(checkpoints["llama"], RewardConfig(max_batch_tokens=20), device="cpu")
-    with pytest.raises(ConfigError, match=r"reward.max_batch_tokens=20: .* prompt 8, sample 0, has 37 tokens"):
-        narrow.score([rollout("q" * 30, "a", number=8)])
-
-
-def test_a_score_of_a_model_that_is_not_finite_stops(checkpoints: dict[str, str]) -> None:
-    model = RewardModel(checkpoints["llama"], RewardConfig(), device="cpu")
-    model.model.score.weight.fill_(math.nan)
-    with pytest.raises(ValueError, match=r"reward model .*llama returned nan at position 0 \(prompt 5, sample 0\)"):
-        model.score([rollout("2+2?", "4", number=5)])
-
-
-def test_the_settings_name_one_source(checkpoints: dict[str, str]) -> None:
-    path, function = checkpoints["llama"], "tests.test_reward_function:length_reward"
-    make: Callable[..., object] = make_reward_source
-    assert isinstance(make(RewardConfig(function=function), device="cpu"), FunctionReward)
-    made = make(RewardConfig(path="unused"), path=path, device="cpu")
-    assert isinstance(made, RewardModel)
-    assert made.path == path
-    assert isinstance(make(RewardConfig(path=path), device="cpu"), RewardModel)
-    with pytest.raises(ConfigError, match=r"reward\.path=None"):
-        make(RewardConfig(), device="cpu")
-    with pytest.raises(ConfigError, match=r"reward.function=.* scores already"):
-        make(dataclasses.replace(RewardConfig(), function=function), path=path, device="cpu")
+def test_each_type_makes_its_source() -> None:
+    made = make_source(function("first"), key="reward.sources[3]", device="cpu")
+    assert isinstance(made, FunctionReward)
+    assert made.name == "reward.sources[3].function tests.test_reward:first"
+    verifier = RewardSourceConfig(type="verifier", verifier="math_verify", answer_key="gold")
+    made = make_source(verifier, key="reward.sources[0]", device="cpu")
+    assert isinstance(made, FunctionReward)
+    assert made.name == "reward.sources[0].verifier actors.verifiers:math_verify"
+    assert made.arguments == {"answer_key": "gold"}
+    gym = make_source(RewardSourceConfig(type="verifier", verifier="reasoning_gym"), key="k", device="cpu")
+    assert isinstance(gym, FunctionReward)
+    assert gym.arguments == {}
+    http = RewardSourceConfig(type="http", url="http://127.0.0.1:9")
+    assert isinstance(make_source(http, key="k", device="cpu"), HTTPReward)
+    with pytest.raises(ConfigError, match=r"^reward.sources\[0\].function='tests.test_reward:nothing'"):
+        Rewards(RewardConfig(sources=(function("nothing"),)), trained=None, device="cpu")

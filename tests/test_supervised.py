@@ -11,18 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from actors.prompts import PreferencePair, SupervisedExample
+from actors.supervised_rows import PreferencePair, SupervisedExample
 from cluster.supervised_stage import endless_batches
 from conf.schema import LearnerConfig, ModelConfig, OptimizerConfig
 from learner import zero
-from learner.supervised import (
-    RewardModelWorker,
-    SFTWorker,
-    SupervisedSetup,
-    SupervisedWorker,
-    bradley_terry_loss,
-    pad_sequences,
-)
+from learner.reward_training import RewardModelWorker, bradley_terry_loss
+from learner.sft import SFTWorker
+from learner.supervised import SupervisedSetup, SupervisedWorker, pad_sequences
 from learner.zero import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint

@@ -1,0 +1,173 @@
+"""Scores of a reward server over HTTP, in the formats of LLaMA-Factory and of OpenRLHF.
+
+Knows requests and the two formats; nothing of what the server scores with. What is not a list of one finite number
+for each text is never taken for a score.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from actors.reward_source import Fault, SourceError, finite_number, sample_name
+from actors.rollout import Rollout
+from conf.schema import ConfigError, RewardSourceConfig
+
+TOKEN_VARIABLE = "MANTA_REWARD_TOKEN"
+# Answers that say that the settings are wrong, which no other try will change.
+REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+SHOWN_CHARACTERS = 200  # of an answer that is not understood
+
+
+class HTTPReward:
+    """Scores of the server at `source.url`, asked with up to `source.concurrency` requests at a time.
+
+    A bearer token is taken from the environment variable MANTA_REWARD_TOKEN, if it is set.
+    """
+
+    def __init__(self, source: RewardSourceConfig, *, key: str) -> None:
+        """Does not connect yet. `key` is where the source stands in the settings.
+
+        Raises ConfigError for an address that cannot be asked and for a token that no header can carry.
+        """
+        assert source.url is not None, "checked with the settings"
+        try:
+            requests.Request("POST", source.url).prepare()
+        except (requests.RequestException, ValueError):
+            raise ConfigError(f"{key}.url", source.url.rpartition("@")[2], "is no address of a server") from None
+        self.source, self.key, self.url = source, key, source.url
+        self.name = f"{key}.url {_without_secrets(source.url)}"
+        self._token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        if not (self._token.isascii() and self._token.isprintable()):
+            raise ConfigError(TOKEN_VARIABLE, "...", "holds characters that no HTTP header can carry")
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[float | Fault]:
+        """A score for each rollout. A request that fails is a fault of each rollout in it.
+
+        Raises SourceError if every request failed; ConfigError for an answer that says that address or token are wrong.
+        """
+        if not rollouts:
+            return []
+        with ThreadPoolExecutor(self.source.concurrency) as pool:
+            answers = list(pool.map(self._answer, slices(rollouts, self.source.concurrency)))
+        errors = [answer for answer in answers if isinstance(answer, SourceError)]
+        if len(errors) == len(answers):
+            raise errors[0]
+        parts = zip(slices(rollouts, self.source.concurrency), answers, strict=True)
+        return [score for part, answer in parts for score in self._scores(part, answer)]
+
+    def _answer(self, rollouts: Sequence[Rollout]) -> list[object] | SourceError:
+        try:
+            return self._ask(rollouts)
+        except SourceError as error:
+            return error
+
+    def _scores(self, rollouts: Sequence[Rollout], answer: list[object] | SourceError) -> Iterator[float | Fault]:
+        if isinstance(answer, SourceError):
+            yield from (Fault(f"{answer} ({sample_name(rollout)})") for rollout in rollouts)
+            return
+        for position, (rollout, value) in enumerate(zip(rollouts, answer, strict=True)):
+            number = finite_number(value)
+            where = f"at position {position} ({sample_name(rollout)})"
+            yield Fault(f"{self.name} answered {value!r:.100} {where}") if number is None else number
+
+    def _ask(self, rollouts: Sequence[Rollout]) -> list[object]:
+        """The values that the server gives `rollouts`, as many as there are."""
+        body = json.dumps(request_body(self.source, rollouts), default=str)
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        try:
+            response = requests.post(
+                self.url,
+                data=body,
+                headers=headers,
+                timeout=self.source.timeout_s,
+                auth=self._authorise if self._token else None,
+                allow_redirects=False,  # a redirected POST would be sent as GET, without its body
+            )
+        except requests.Timeout:
+            remedy = f"raise {self.key}.timeout_s, lower reward.batch_size, or see why the server is slow"
+            raise SourceError(f"{self.name} did not answer within {self.source.timeout_s:g} s; {remedy}") from None
+        except requests.RequestException as error:
+            # Not its own message nor its traceback, which show the whole URL.
+            raise SourceError(f"{self.name}: {_cause(error)}; see that the server runs and can be reached") from None
+        return self._values(response, len(rollouts))
+
+    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._token}"
+        return request
+
+    def _values(self, response: requests.Response, count: int) -> list[object]:
+        if response.status_code in REFUSALS:
+            remedy = (
+                f"the server answers {response.status_code} {response.reason}; check the path, and {TOKEN_VARIABLE}"
+            )
+            raise ConfigError(f"{self.key}.url", _without_secrets(self.url), remedy)
+        if response.status_code // 100 != 2:
+            raise SourceError(f"{self.name} answered {response.status_code} {response.reason}{self._shown(response)}")
+        try:
+            answer = response.json()
+        except (ValueError, RecursionError):
+            kind = response.headers.get("Content-Type", "no content type")
+            raise SourceError(f"{self.name} answered no JSON ({kind}){self._shown(response)}") from None
+        names = ANSWERS[self.source.format]
+        values = next((answer[name] for name in names if name in answer), None) if isinstance(answer, dict) else None
+        if not isinstance(values, list):
+            expected = (
+                f"an object with a list under {' or '.join(names)}, as {self.key}.format={self.source.format} says"
+            )
+            raise SourceError(f"{self.name} answered something else than {expected}{self._shown(response)}")
+        if len(values) != count:
+            raise SourceError(f"{self.name} answered {len(values)} scores for {count} texts")
+        return values
+
+    def _shown(self, response: requests.Response) -> str:
+        text = " ".join(response.text[: 10 * SHOWN_CHARACTERS].split())
+        text = text.replace(self._token, "...") if self._token else text
+        return f": {text[:SHOWN_CHARACTERS]}" if text else ", with an empty body"
+
+
+ANSWERS = {"llamafactory": ("scores",), "openrlhf": ("rewards", "scores")}  # where each format has the scores
+
+
+def request_body(source: RewardSourceConfig, rollouts: Sequence[Rollout]) -> Mapping[str, Any]:
+    """What is sent, in `source.format`.
+
+    llamafactory: `model` and `messages`, each the text of a whole conversation, as get_rewards_from_server of
+    LLaMA-Factory (src/llamafactory/train/ppo/ppo_utils.py) sends it. It is the rendered prompt and the response;
+    LLaMA-Factory's holds the end-of-text token of the response besides, which a rollout's text leaves out.
+
+    openrlhf: `query` (the same text), `prompts` and `labels`, as OpenRLHF sends them to its remote_rm_url and its
+    openrlhf/cli/serve_rm.py reads them. A label is what stands under `source.answer_key` in the row, or else "".
+    """
+    texts = [rollout.prompt.text + rollout.text for rollout in rollouts]
+    if source.format == "llamafactory":
+        return {"model": source.model, "messages": texts}
+    labels = [rollout.prompt.row.get(source.answer_key, "") for rollout in rollouts]
+    return {"query": texts, "prompts": [rollout.prompt.text for rollout in rollouts], "labels": labels}
+
+
+def slices(rollouts: Sequence[Rollout], count: int) -> list[Sequence[Rollout]]:
+    """`rollouts` in at most `count` runs whose lengths differ by one at most; none is empty."""
+    size, longer = divmod(len(rollouts), count)
+    ends = [size * (i + 1) + min(i + 1, longer) for i in range(count)]
+    return [rollouts[start:end] for start, end in zip([0, *ends], ends, strict=False) if end > start]
+
+
+def _without_secrets(url: str) -> str:
+    """`url` without user, password and query, which may hold a key."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, below the layers that repeat it with the URL."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,57 @@
+"""The best policy so far, by a held-out metric, as a checkpoint that is always whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from conf.schema import ConfigError, EvaluationConfig
+
+
+class BestPolicy:
+    """Keeps `folder` at what `export` wrote when the metric was best.
+
+    In it stands best.json with the step, the metric and its value. The one before gives way only once the new one is
+    written; after a crash between the two it is found beside it, as .NAME.old.
+    """
+
+    def __init__(self, config: EvaluationConfig, folder: Path, export: Callable[[Path], None]) -> None:
+        self.metric, self.sign = config.best_metric, 1.0 if config.best_is == "highest" else -1.0
+        self.folder, self.export = folder, export
+        self.best: float | None = None
+
+    def offer(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Export if these held-out metrics are the best so far; return what is to be logged.
+
+        That is nothing if no metric was asked for, or while it was NaN, which is never the best. Raises ConfigError if
+        the metrics do not hold the one that was asked for.
+        """
+        if self.metric is None:
+            return {}
+        if self.metric not in metrics:
+            known = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
+            raise ConfigError("evaluation.best_metric", self.metric, f"is not measured; there are {known}")
+        value = metrics[self.metric]
+        if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
+            self._publish(step, value)
+            self.best = value
+        return {} if self.best is None else {"eval/best": self.best}
+
+    def _publish(self, step: int, value: float) -> None:
+        new, old = self.folder.with_name(f".{self.folder.name}.new"), self.folder.with_name(f".{self.folder.name}.old")
+        _remove(new)
+        self.export(new)
+        (new / "best.json").write_text(json.dumps({"step": step, "metric": self.metric, "value": value}) + "\n")
+        if self.folder.exists():
+            _remove(old)
+            self.folder.rename(old)
+        new.rename(self.folder)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

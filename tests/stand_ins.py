@@ -1,0 +1,147 @@
+"""Stand-ins for the driver's partners, in one process: they take notes, and a rollout scores what a script says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from actors.reward import Judged
+from actors.rollout import Prompt, Rollout
+from cluster.driver import Chunk, Metrics, RolloutInfo, Sampling, ScoredHandle, Scoring, ShapedHandle
+
+Script = Callable[[int, int, float], float | None]  # prompt id, sample, temperature -> score; None: dropped
+
+
+def prompt(number: int) -> Prompt:
+    return Prompt(
+        number, np.arange(3, dtype=np.int32), f"prompt {number}", ({"role": "user", "content": f"prompt {number}"},)
+    )
+
+
+def rollout(of: Prompt, sample: int, *, length: int, truncated: bool = False) -> Rollout:
+    return Rollout(
+        of,
+        sample,
+        response_ids=np.arange(length, dtype=np.int32),
+        rollout_logprobs=np.zeros(length, np.float32),
+        response_mask=np.ones(length, np.bool_),
+        policy_versions=np.zeros(length, np.int32),
+        finish_reason="length" if truncated else "stop",
+        text=f"response {of.id}.{sample}",
+    )
+
+
+def scored_handle(
+    prompt_id: int = 0, sample: int = 0, *, score: float, length: int = 1, truncated: bool = False
+) -> ScoredHandle:
+    info = RolloutInfo.of(rollout(prompt(prompt_id), sample, length=length, truncated=truncated))
+    return ScoredHandle(info, Chunk((info,), payload=None), 0, score, {"model": score})
+
+
+class NumberedPrompts:
+    """Prompt 0, 1, 2 and so on, without end."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def next_batch(self, count: int) -> list[Prompt]:
+        self.drawn += count
+        return [prompt(number) for number in range(self.drawn - count, self.drawn)]
+
+
+@dataclass
+class StandIns:
+    """All partners in one, with one list of what was asked of them.
+
+    Responses have 1, 2 or 3 tokens, by their prompt. The payload of a chunk is its rollouts and their temperature.
+    """
+
+    script: Script = lambda number, sample, temperature: float(number)
+    chunk_size: int = 2
+    order: Callable[[list[Chunk]], Iterable[Chunk]] = reversed  # in which chunks are finished
+    num_ranks: int = 2
+    kl: float = 0.0
+    fail_sync_at: int | None = None
+    num_retries: int = 0
+    unjudged: tuple[int, ...] = ()  # prompts on which the verifier has no verdict
+    asked: list[str] = field(default_factory=list)
+    sampled: list[list[int]] = field(default_factory=list)  # the prompt ids of each call
+    samplings: list[Sampling] = field(default_factory=list)
+    updates: list[list[list[list[ShapedHandle]]]] = field(default_factory=list)
+    kl_coefs: list[float] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    judged: list[Sequence[Sequence[ScoredHandle]]] = field(default_factory=list)
+
+    # --- generators
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Chunk]:
+        self.asked.append(f"sample {len(prompts)} x {sampling.num_samples}")
+        self.samplings.append(sampling)
+        self.sampled.append([of.id for of in prompts])
+        rollouts = [
+            rollout(of, sample, length=1 + of.id % 3) for of in prompts for sample in range(sampling.num_samples)
+        ]
+        parts = [rollouts[start : start + self.chunk_size] for start in range(0, len(rollouts), self.chunk_size)]
+        chunks = [Chunk(tuple(map(RolloutInfo.of, part)), (part, sampling.temperature)) for part in parts]
+        for chunk in self.order(chunks):
+            self.asked.append("chunk")
+            yield chunk
+
+    def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
+        self.asked.append("read")
+        return [rollouts_of(handle.chunk)[handle.row] for handle in handles]
+
+    # --- rewards
+
+    def score(self, chunks: Iterable[Chunk]) -> Scoring:
+        taken, judged = [], []
+        for chunk in chunks:
+            self.asked.append("score")
+            taken.append(chunk)
+            judged.append([self._judged(info, chunk) for info in chunk.infos])
+        return Scoring.of(taken, judged, num_retries=self.num_retries)
+
+    def _judged(self, info: RolloutInfo, chunk: Chunk) -> Judged:
+        score = self.script(info.prompt_id, info.sample, chunk.payload[1])  # type: ignore[index]
+        return Judged(None, fault="gone") if score is None else Judged(score, {"model": score})
+
+    def verify(self, handles: Sequence[ScoredHandle]) -> list[float | None]:
+        """Even prompts are right, and of the others sample 1; on those of `unjudged` there is no verdict."""
+        self.asked.append("verify")
+        verdicts = [1.0 if h.info.prompt_id % 2 == 0 or h.info.sample == 1 else 0.5 for h in handles]
+        return [None if h.info.prompt_id in self.unjudged else v for h, v in zip(handles, verdicts, strict=True)]
+
+    # --- learners and sync
+
+    def update(
+        self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
+    ) -> Metrics:
+        self.asked.append("update")
+        self.updates.append([[list(mini_batch) for mini_batch in hand] for hand in hands])
+        self.kl_coefs.append(kl_coef)
+        self.seeds.append(seed)
+        self.steps.append(step)
+        return {"objective/kl": self.kl}
+
+    def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
+        self.asked.append(f"kl at {temperature}")
+        self.judged.append(hands)
+        return 0.25
+
+    def export(self, folder: Path) -> None:
+        self.asked.append("export")
+
+    def push(self, version: int) -> Metrics:
+        self.asked.append(f"push {version}")
+        if version == self.fail_sync_at:
+            raise RuntimeError("the sync failed")
+        return {"sync/version": float(version)}
+
+
+def rollouts_of(chunk: Chunk) -> list[Rollout]:
+    rollouts: list[Rollout] = chunk.payload[0]  # type: ignore[index]
+    return rollouts
