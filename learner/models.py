@@ -107,9 +107,12 @@ def without_dropout(config: Any) -> Any:
     A network with dropout samples from one distribution and is scored under another: PPO's ratio would not be 1 before
     the first update.
     """
-    for name, value in config.to_dict().items():
-        if isinstance(value, float) and any(part in name for part in ("dropout", "pdrop", "drop_rate")):
-            setattr(config, name, 0.0)
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if isinstance(value, float) and any(
+                word in name for word in ("dropout", "pdrop", "drop_rate", "layerdrop")
+            ):
+                setattr(part, name, 0.0)
     return config
 
 
@@ -119,9 +122,10 @@ def checked_causal(config: Any, path: str) -> Any:
     Raises:
         ConfigError: the architecture changes its logits after the vocabulary projection, which `PolicyModel` does not.
     """
+    text = config.get_text_config()
     for name in LOGIT_CHANGES:
-        if getattr(config, name, None) not in (None, 1.0):
-            remedy = f"its {name}={getattr(config, name)} is not supported; choose a model without it"
+        if getattr(text, name, None) not in (None, 1.0):
+            remedy = f"its {name}={getattr(text, name)} is not supported; choose a model without it"
             raise ConfigError("model.path", path, remedy)
     return without_dropout(config)
 

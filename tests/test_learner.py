@@ -233,7 +233,8 @@ def run_updates(ranks: Ranks, setup: LearnerSetup, folder: Path | None = None) -
     if average is not None:
         with average.swapped_in():
             averages = whole(model)
-    worker.export(folder)
+    if folder is not None:
+        worker.export(folder)
     return Trained(metrics, policy, of_critic, averages)
 
 

@@ -160,3 +160,12 @@ def test_random_weights_follow_from_the_seed(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not all(torch.equal(one[name], other[name]) for name in one)
     assert one["model.embed_tokens.weight"].shape[0] == VOCAB_SIZE
+
+
+def test_dropout_is_off_in_the_text_part_of_a_config_and_under_every_name() -> None:
+    """(PPO details 11)"""
+    from transformers import Gemma3Config, OPTConfig
+
+    nested = models.without_dropout(Gemma3Config(text_config={"attention_dropout": 0.1}))
+    assert nested.text_config.attention_dropout == 0.0
+    assert models.without_dropout(OPTConfig(layerdrop=0.1)).layerdrop == 0.0

@@ -341,3 +341,12 @@ def test_figures_of_a_train_batch_by_hand() -> None:
     assert figures["critic/return_mean"] == pytest.approx(0.4)
     assert figures["critic/explained_variance"] == pytest.approx(1 - errors.var() / np.var(returns))
     assert figures["offpolicy/weight_mean"] == pytest.approx((1 + math.exp(-1)) / 2)
+
+
+def test_a_gap_over_no_tokens_is_not_a_number() -> None:
+    batch = collate([scored([-INF, -INF])])
+    figures = describe(prepared(REWARDS_ALONE, (batch, seen(torch.full((1, 2), -1.0)))), kl_coef=0.0, cap=2.0)
+    for name in ("logprob_gap_mean", "logprob_gap_p99", "logprob_gap_max"):
+        assert math.isnan(figures[f"sync/{name}"])
+    assert math.isnan(figures["offpolicy/kl"])
+    assert figures["offpolicy/outside_fraction"] == 1.0
