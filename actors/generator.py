@@ -72,11 +72,13 @@ class VLLMGenerator:
         device: str,
         seed: int,
         tokenizer: str | None = None,
+        stop_tokens_of: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """Load the checkpoint `model_path` and start the engine on `device`, "cpu" or "cuda".
 
-        `tokenizer` is the folder or name of another tokenizer than the one at `model_path`.
+        `tokenizer` is the folder or name of another tokenizer than the one at `model_path`; `stop_tokens_of` is that of
+        another checkpoint whose end-of-text tokens end a response.
         """
         configure_environment(device)
         self._config = config
@@ -85,7 +87,9 @@ class VLLMGenerator:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(
             tokenizer or model_path, trust_remote_code=trust_remote_code
         )
-        self._stop_ids = _stop_token_ids(model_path, self._tokenizer, trust_remote_code=trust_remote_code)
+        self._stop_ids = _stop_token_ids(
+            stop_tokens_of or model_path, self._tokenizer, trust_remote_code=trust_remote_code
+        )
         from vllm import LLMEngine
 
         arguments = _engine_args(model_path, config, device=device, seed=seed, trust_remote_code=trust_remote_code)

@@ -93,7 +93,7 @@ def _check_reference(config: Config, tokenizer: Any, policy: Any) -> None:
         remedy = "numbers its tokens differently from the policy; name a reference that the policy descends from"
         raise ConfigError("model.reference", path, remedy)
     if "ppo" in config.stages and starts_at_reference(config) and _shape(reference) != _shape(policy):
-        remedy = f"the generators, made for the policy, cannot sample from {path}, a model of another shape; set it to"
+        remedy = f"the generators, made for the policy, cannot sample from {path}, whose config is another; set it to"
         raise ConfigError("evaluation.win_rate", True, f"{remedy} false")
 
 
@@ -104,10 +104,9 @@ def starts_at_reference(config: Config) -> bool:
 
 
 def _shape(model: Any) -> dict[str, Any]:
-    """What two checkpoints must share for an engine made for one to take the weights of the other."""
-    names = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
-    heads = ("num_attention_heads", "num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head")
-    return {name: getattr(model, name, None) for name in (*names, *heads)}
+    """What two checkpoints must share for an engine made for one to compute as the other with the other's weights."""
+    own = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+    return {name: value for name, value in model.to_dict().items() if name not in own and "drop" not in name}
 
 
 def _check_reward_models(config: Config) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from conf.schema import ConfigError, EvaluationConfig
+from conf.schema import EvaluationConfig
 
 
 class BestPolicy:
@@ -26,15 +26,11 @@ class BestPolicy:
     def offer(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Export if these held-out metrics are the best so far; return what is to be logged.
 
-        That is nothing if no metric was asked for, or while it was NaN, which is never the best. Raises ConfigError if
-        the metrics do not hold the one that was asked for.
+        That is nothing if no metric was asked for. One that is NaN, or was not measured this time, is not the best.
         """
         if self.metric is None:
             return {}
-        if self.metric not in metrics:
-            known = ", ".join(sorted(name for name in metrics if name.startswith("eval/")))
-            raise ConfigError("evaluation.best_metric", self.metric, f"is not measured; there are {known}")
-        value = metrics[self.metric]
+        value = metrics.get(self.metric, math.nan)
         if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
             self._publish(step, value)
             self.best = value

@@ -24,7 +24,6 @@ from cluster.report import HELD_OUT, OTHER, STYLE, Step
 CSV_FILE = "frontier.csv"
 PICTURE_FILE = "frontier.png"
 FRONTIER_STYLE = {"axes.spines.top": True, "axes.titlelocation": "center"}  # KL has a scale on top
-_STAGES = ("ppo", "eval")
 _COLUMNS = ("step", "kl", "score", "accuracy", "win_rate", "on_frontier")
 _LABEL_OFFSETS = [  # in points from the centre of a marker on the frontier; of the others, the other way
     (distance * math.cos(math.radians(angle)), distance * math.sin(math.radians(angle)))
@@ -52,8 +51,9 @@ class FrontierPoint:
 def frontier_points(rows: Iterable[Step]) -> list[FrontierPoint]:
     """Return a point for each evaluation that has both `eval/kl` and `eval/score_mean`, by step.
 
-    Looks at the stages ppo and eval, of what cluster.report.read_metrics returns. Points that are alike are all on the
-    frontier or none. One whose KL or score is not finite is kept, compares with nothing and is not on the frontier.
+    Looks at the stage ppo, of what cluster.report.read_metrics returns: the eval stage is one point. Points that are
+    alike are all on the frontier or none. One whose KL or score is not finite is kept, compares with nothing and is not
+    on the frontier.
     """
     points = sorted(
         (
@@ -66,7 +66,7 @@ def frontier_points(rows: Iterable[Step]) -> list[FrontierPoint]:
                 on_frontier=False,
             )
             for row in rows
-            if row.stage in _STAGES and row.figures.keys() >= {"eval/kl", "eval/score_mean"}
+            if row.stage == "ppo" and row.figures.keys() >= {"eval/kl", "eval/score_mean"}
         ),
         key=lambda point: point.step,
     )

@@ -18,7 +18,8 @@ from conf.schema import ClusterConfig, GeneratorConfig
 class GeneratorSetup:
     """What every generator is built from."""
 
-    model_path: str
+    model_path: str  # what the engine starts from
+    policy_path: str  # whose end-of-text tokens end a response
     tokenizer: str
     config: GeneratorConfig
     device: str
@@ -41,6 +42,7 @@ class GeneratorProcess:
             device=setup.device,
             seed=setup.seed,
             tokenizer=setup.tokenizer,
+            stop_tokens_of=setup.policy_path,
             trust_remote_code=setup.trust_remote_code,
         )
 

@@ -137,12 +137,17 @@ def alarms(metrics: Mapping[str, float], limits: MonitorConfig) -> dict[str, flo
     return raised | {"alarm/any": max(raised.values(), default=0.0)}
 
 
-def alarm_lines(metrics: Mapping[str, float], limits: MonitorConfig) -> list[str]:
-    """Return what is to be said of each alarm that `alarms` raises, one line each."""
+def alarm_lines(
+    metrics: Mapping[str, float], limits: MonitorConfig, *, known: Mapping[str, float] | None = None
+) -> list[str]:
+    """Return what is to be said of each alarm that `alarms` raises, one line each.
+
+    `known` is what `alarms` returned the last time: an alarm that stood then is not said again.
+    """
     return [
         describe_alarm(watch.name, metrics[watch.metric], limit)
         for watch, limit in _compared(metrics, limits)
-        if not watch.kept(metrics[watch.metric], limit)
+        if not watch.kept(metrics[watch.metric], limit) and not (known or {}).get(f"alarm/{watch.name}")
     ]
 
 

@@ -24,7 +24,10 @@ def start_generators(
     """Return generators of the checkpoint `model_path`, starting."""
     model = before.model
     assert model.tokenizer is not None
-    setup = GeneratorSetup(model_path, model.tokenizer, config.generator, device, config.seed, model.trust_remote_code)
+    assert model.path is not None
+    setup = GeneratorSetup(
+        model_path, model.path, model.tokenizer, config.generator, device, config.seed, model.trust_remote_code
+    )
     return GeneratorGroup(placement, setup, chunk_size=config.reward.batch_size, limits=config.cluster)
 
 

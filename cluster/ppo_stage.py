@@ -54,8 +54,8 @@ def run_ppo(run: Run, before: Handover) -> Handover:
             seed=config.seed,
         )
         best = BestPolicy(config.evaluation, run.dir / "checkpoints" / "best", partners.learners.export)
-        raised: set[str] = set()
         first = last = None
+        raised: Metrics = {}
         if starts_at_reference(config):
             evaluator.compare_with(evaluator.evaluate())  # the generators hold the reference until the first sync
         started = driver.start() | {"rollout/num_prompts_dropped": float(source.num_dropped)}
@@ -72,9 +72,11 @@ def run_ppo(run: Run, before: Handover) -> Handover:
             if held_out and is_due(step, config.evaluation.every, last_step=config.algorithm.num_steps):
                 last = evaluator.evaluate()
                 metrics |= last.metrics | best.offer(step, last.metrics)
-            for line in set(alarm_lines(metrics, config.monitors)) - raised:
+            for line in alarm_lines(metrics, config.monitors, known=raised):
                 run.console.note(f"step {step}: {line}")
-            run.tracker.log("ppo", step, metrics | alarms(metrics, config.monitors))
+            now = alarms(metrics, config.monitors)
+            raised |= now  # the score's drift is measured at evaluations alone
+            run.tracker.log("ppo", step, metrics | now)
             if config.tracking.samples_per_step:
                 shown_handles = iteration.handles[: config.tracking.samples_per_step]
                 run.tracker.samples("ppo", step, samples(partners.generators, shown_handles))

@@ -56,10 +56,12 @@ def run(config: Config, run_dir: Path) -> int:
         "seed": config.seed,
         "stages": list(config.stages),
         **{f"timing/{stage}_s": round(value, 2) for stage, value in seconds.items()},
-        "paths": {name: run_dir / name for name in ("export", "checkpoints", "metrics.jsonl", "curves.png")},
     }
+    if config.stages != ("eval",):  # which is one point of each curve
+        draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
+    made = [name for name in ("export", "checkpoints", "metrics.jsonl", "curves.png") if (run_dir / name).exists()]
+    summary["paths"] = {name: run_dir / name for name in made}
     write_summary(run_dir / "summary.json", summary)
-    draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     points = frontier_points(read_metrics(run_dir / "metrics.jsonl"))
     if len(points) > 1:
         write_frontier(points, run_dir)

@@ -93,6 +93,23 @@ def _check_evaluation(config: Config) -> None:
         if getattr(evaluation, name) is not None and not held_out:
             remedy = "has no held-out prompts to judge; set data.eval_path"
             raise ConfigError(f"evaluation.{name}", getattr(evaluation, name), remedy)
+    if evaluation.best_metric is not None:
+        if "ppo" not in config.stages:
+            raise ConfigError("evaluation.best_metric", evaluation.best_metric, "has no effect without the stage ppo")
+        known = held_out_metrics(config)
+        if evaluation.best_metric not in known:
+            raise ConfigError("evaluation.best_metric", evaluation.best_metric, f"choose one of {', '.join(known)}")
+
+
+def held_out_metrics(config: Config) -> list[str]:
+    """The names of the held-out metrics that these settings lead to."""
+    evaluation = config.evaluation
+    names = ["score_mean", "score_std", "kl", "response_length_mean", "response_length_max", "truncated_fraction"]
+    names += ["eos_rate", "repetition", "length_correlation"]
+    names += ["accuracy", *(f"pass_at_{k}" for k in evaluation.pass_at)] if evaluation.verifier is not None else []
+    names += ["win_rate"] if evaluation.win_rate else []
+    labels = [source.label for source in config.reward.sources] or ["model"]
+    return [f"eval/{name}" for name in [*names, *(f"{label}_mean" for label in labels)]]
 
 
 def _check_reward(config: Config) -> None:
@@ -132,6 +149,9 @@ def _check_algorithm(config: Config) -> None:
     if learner.ema_decay is not None and learner.offload_parameters == "nvme":
         remedy = "the average reads weights that are in memory; set learner.offload_parameters=cpu or none"
         raise ConfigError("learner.ema_decay", learner.ema_decay, remedy)
+    if shaping.whiten_rewards and algorithm.estimator not in ("gae", "reinforce_pp"):
+        remedy = f"algorithm.estimator={algorithm.estimator} compares whole scores with each other; set it to false"
+        raise ConfigError("reward.shaping.whiten_rewards", True, remedy)
     if shaping.overlong_tokens > config.generator.max_new_tokens:
         remedy = f"is more than generator.max_new_tokens={config.generator.max_new_tokens}"
         raise ConfigError("reward.shaping.overlong_tokens", shaping.overlong_tokens, remedy)

@@ -44,7 +44,7 @@ def mean_kl(
         logprobs = PolicyOutput.of(policy(seen, sampled_from=sampled_from)).logprobs
         ref_logprobs = reference(seen, temperature=sampled_from.temperature)
         if batch is not None:
-            inside = seen.mask & torch.isfinite(logprobs)
+            inside = seen.mask & ~torch.isneginf(logprobs)  # outside top-k and top-p; NaN has to be seen
             stats["kl"] += float(ppo.masked_sum(logprobs - ref_logprobs, inside))
     total = summed_stats(stats)
     return total["kl"] / total["rollouts"]

@@ -8,6 +8,7 @@ Nothing here knows of models, ranks or configuration.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -129,8 +130,8 @@ class KLController:
     horizon: int = 10_000
 
     def updated(self, kl: float, *, num_rollouts: int) -> KLController:
-        """Return the controller for the next iteration."""
-        if self.target is None:
+        """Return the controller for the next iteration; the same after a KL that is not finite."""
+        if self.target is None or not math.isfinite(kl):
             return self
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
         return KLController(self.coef * (1.0 + error * num_rollouts / self.horizon), self.target, self.horizon)

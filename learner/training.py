@@ -124,7 +124,8 @@ class Training:
         if self.nonfinite_in_a_row >= self.algorithm.max_nonfinite:
             raise FloatingPointError(
                 f"{self.nonfinite_in_a_row} optimizer steps in a row had a loss or a gradient that is not finite "
-                f"(algorithm.max_nonfinite), and were not taken; this update so far: {record.metrics()}"
+                f"(algorithm.max_nonfinite); no network takes a step with one of its own that is not. This update so "
+                f"far: {record.metrics()}"
             )
 
 

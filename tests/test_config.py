@@ -67,6 +67,16 @@ def test_a_shipped_file_says_only_what_differs_from_the_schema() -> None:
             assert getattr(section, str(name)) != value, f"{choice} repeats the default of {name!r}"
 
 
+@pytest.mark.parametrize("experiment", load.group_options()["experiment"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_experiment_changes_an_algorithm_in_its_sizes_alone(name: str, experiment: str) -> None:
+    algorithm = load_config([f"experiment={experiment}", f"algorithm={name}"]).algorithm
+    values = OmegaConf.to_container(OmegaConf.load(load.FOLDER / "algorithm" / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    for key, value in values.items():
+        assert getattr(algorithm, str(key)) == value or key == "samples_per_prompt", (experiment, name, key)
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_fits_the_quickstart(name: str) -> None:
     """Its own sizes are what the experiment says, since an experiment's values come after those of a group."""
@@ -335,6 +345,22 @@ SHARED = [*PPO, "learner.critic_network=shared"]
         # --- held out
         ([*PPO, "evaluation.verifier=a:b"], "evaluation.verifier='a:b': has no held-out prompts to judge"),
         ([*PPO, "evaluation.best_metric=eval/kl"], "evaluation.best_metric='eval/kl': has no held-out prompts"),
+        (
+            ["experiment=quickstart", "evaluation.best_metric=eval/acuracy"],
+            "evaluation.best_metric='eval/acuracy': choose one of eval/score_mean, ",
+        ),
+        (
+            ["experiment=quickstart", "stages=[sft,reward]", "evaluation.best_metric=eval/kl"],
+            "evaluation.best_metric='eval/kl': has no effect without the stage ppo",
+        ),
+        (
+            ["experiment=quickstart", "algorithm=remax", "reward.shaping.whiten_rewards=true"],
+            "reward.shaping.whiten_rewards=True: algorithm.estimator=remax compares whole scores with each other",
+        ),
+        (
+            [*PPO, "learner.ema_decay=0.9", "learner.offload_parameters=nvme", "learner.nvme_path=."],
+            "learner.ema_decay=0.9: the average reads weights that are in memory",
+        ),
         ([*EVAL, "data.eval_path=null"], "data.eval_path=None: the eval stage needs held-out prompts"),
         # --- scores
         (["model.path=.", "data.path=."], "reward.sources=[]: rollouts need a score; name a source"),

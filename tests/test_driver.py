@@ -94,6 +94,15 @@ def test_the_kl_coefficient_follows_its_target() -> None:
     assert partners.kl_coefs == pytest.approx([0.1, 0.1 * (1 + 0.2 * 8 / 80)])
 
 
+def test_the_kl_coefficient_waits_for_the_policy_to_move() -> None:
+    """In the critic's warm-up the KL is that of a policy that stands still (PPO details 15)."""
+    partners = StandIns(kl=12.0)
+    driver = make_driver(partners, kl_target=6.0, kl_horizon=80, critic_warmup_steps=1)
+    for _ in range(3):
+        driver.iterate()
+    assert partners.kl_coefs == pytest.approx([0.1, 0.1, 0.1 * (1 + 0.2 * 8 / 80)])
+
+
 def test_the_kl_controller_counts_the_rollouts_that_there_were() -> None:
     """Of 8 rollouts the two of prompt 1 are dropped in the first iteration (PPO details 15)."""
     partners = StandIns(kl=12.0, script=lambda number, sample, _: None if number == 1 else 0.0)

@@ -94,7 +94,6 @@ def test_points_come_from_the_evaluations_of_metrics_jsonl(tmp_path: Path) -> No
         tracker.log("eval", 7, {"eval/kl": 5.0, "eval/score_mean": 1.5})
     assert frontier_points(read_metrics(tmp_path / "metrics.jsonl")) == [
         FrontierPoint(0, 0.0, -1.0, accuracy=0.25, win_rate=None, on_frontier=True),
-        FrontierPoint(7, 5.0, 1.5, accuracy=None, win_rate=None, on_frontier=False),
         FrontierPoint(10, math.inf, 1.0, accuracy=None, win_rate=None, on_frontier=False),
         FrontierPoint(20, 4.0, 2.0, accuracy=None, win_rate=0.75, on_frontier=True),
     ]

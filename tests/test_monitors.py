@@ -122,6 +122,8 @@ def test_a_limit_is_kept_up_to_itself_and_broken_beyond(
     assert alarms({metric: math.nan}, limits) == {alarm: 1.0, "alarm/any": 1.0}, "NaN keeps no limit"
     assert alarm_lines({metric: good}, limits) == []
     assert alarm_lines({metric: bad}, limits) == [describe_alarm(alarm, bad, limit)]
+    assert alarm_lines({metric: bad}, limits, known=alarms({metric: bad}, limits)) == [], "it is said once"
+    assert alarm_lines({metric: bad}, limits, known=alarms({metric: good}, limits)) != [], "and again when it is back"
 
 
 def test_only_limits_that_are_set_and_have_their_metric_are_compared() -> None:

@@ -188,6 +188,12 @@ def test_masked_sum_by_hand() -> None:
 # The KL coefficient
 
 
+def test_a_kl_that_is_not_finite_leaves_the_coefficient_alone() -> None:
+    controller = KLController(0.2, target=6.0)
+    assert controller.updated(float("nan"), num_rollouts=8) == controller
+    assert controller.updated(float("inf"), num_rollouts=8) == controller
+
+
 def test_the_adaptive_coefficient_by_hand() -> None:
     """coef *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon. (PPO details 15)"""
     controller = KLController(0.2, target=6.0, horizon=10_000)

@@ -229,6 +229,30 @@ def test_the_frontier_is_drawn(variant_run: Path) -> None:
     assert len((variant_run / "frontier.csv").read_text().splitlines()) >= 3
 
 
+def test_an_eval_stage_by_itself_judges_a_checkpoint_beside_its_reference(
+    finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    first = finished_run[0]
+    process = launch(
+        tmp_path / "judged",
+        "stages=[eval]",
+        "model.init_config=null",
+        f"model.path={first / 'export' / 'policy'}",
+        f"model.reference={first / 'checkpoints' / 'sft'}",
+        f"reward.sources=[{{type: model, path: '{first / 'checkpoints' / 'reward'}'}}]",
+        "cluster.num_learners=1",
+        "cluster.num_generators=1",
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    (judged,) = metrics_of(tmp_path / "judged")
+    (last,) = [row for row in metrics_of(first) if row["stage"] == "ppo" and row["step"] == 3]
+    for key in ("eval/score_mean", "eval/kl", "eval/accuracy", "eval/response_length_mean"):
+        assert judged[key] == pytest.approx(last[key], abs=1e-4), key
+    summary = json.loads((tmp_path / "judged" / "summary.json").read_text())
+    assert summary["eval/kl"] == judged["eval/kl"]
+
+
 def test_the_page_explains_what_a_variant_records(variant_run: Path) -> None:
     assert logged_keys(variant_run / "metrics.jsonl") <= documented_keys(PROJECT / "docs" / "metrics.md")
 
