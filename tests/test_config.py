@@ -346,18 +346,6 @@ SHARED = [*PPO, "learner.critic_network=shared"]
         ([*PPO, "evaluation.verifier=a:b"], "evaluation.verifier='a:b': has no held-out prompts to judge"),
         ([*PPO, "evaluation.best_metric=eval/kl"], "evaluation.best_metric='eval/kl': has no held-out prompts"),
         (
-            ["experiment=quickstart", "evaluation.best_metric=eval/acuracy"],
-            "evaluation.best_metric='eval/acuracy': choose one of eval/score_mean, ",
-        ),
-        (
-            ["experiment=quickstart", "stages=[sft,reward]", "evaluation.best_metric=eval/kl"],
-            "evaluation.best_metric='eval/kl': has no effect without the stage ppo",
-        ),
-        (
-            ["experiment=quickstart", "algorithm=remax", "reward.shaping.whiten_rewards=true"],
-            "reward.shaping.whiten_rewards=True: algorithm.estimator=remax compares whole scores with each other",
-        ),
-        (
             [*PPO, "learner.ema_decay=0.9", "learner.offload_parameters=nvme", "learner.nvme_path=."],
             "learner.ema_decay=0.9: the average reads weights that are in memory",
         ),
@@ -422,6 +410,30 @@ def test_sections_that_do_not_fit_each_other_are_refused(settings: list[str], me
 )
 def test_sections_that_fit_are_let_through(settings: list[str]) -> None:
     check(config_of(*settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["evaluation.best_metric=eval/acuracy"],
+            "evaluation.best_metric='eval/acuracy': choose one of eval/score_mean, ",
+        ),
+        (
+            ["stages=[sft,reward]", "evaluation.best_metric=eval/kl"],
+            "evaluation.best_metric='eval/kl': has no effect without the stage ppo",
+        ),
+        (
+            ["algorithm=remax", "reward.shaping.whiten_rewards=true"],
+            "reward.shaping.whiten_rewards=True: algorithm.estimator=remax compares whole scores with each other",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_quickstart_is_refused(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(load_config(["experiment=quickstart", *settings]))
+    assert str(caught.value).startswith(message)
+    check(load_config(["experiment=quickstart", "evaluation.best_metric=eval/accuracy"]))
 
 
 @pytest.mark.parametrize("experiment", group_options()["experiment"])
