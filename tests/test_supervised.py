@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from actors.supervised_rows import PreferencePair, SupervisedExample
 from cluster.supervised_stage import endless_batches
-from conf.schema import LearnerConfig, ModelConfig, OptimizerConfig
+from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner import zero
 from learner.reward_training import RewardModelWorker, bradley_terry_loss
 from learner.sft import SFTWorker
@@ -143,3 +144,42 @@ def test_ranks_equal_a_plain_loop(kind: str, tmp_path: Path) -> None:
             assert evaluated[f"{prefix}/eval_loss"] == pytest.approx(held_out, abs=1e-5)
             for name, parameter in model.named_parameters():
                 assert np.abs(state[name] - parameter.detach().numpy()).max() < 1e-5, name
+
+
+def run_with_adapters(
+    ranks: Ranks, setup: SupervisedSetup, worker_class: Any, rows_of: Any
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """The weights after training, and two evaluations of another worker, whose adapters have dropout."""
+    _, _, state = run_steps(ranks, setup, worker_class, rows_of)
+    worker: SupervisedWorker = worker_class(replace(setup, lora=replace(setup.lora, dropout=0.5)), ranks)
+    worker.train_step(rows_of(0)[ranks.rank :: ranks.world_size])
+    return state, [worker.evaluate(rows_of(99)[ranks.rank :: ranks.world_size]) for _ in range(2)]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["sft", "reward"])
+def test_with_adapters_a_stage_leaves_an_ordinary_checkpoint_that_differs_by_low_rank(
+    kind: str, tmp_path: Path
+) -> None:
+    """Of each linear layer the change has rank 2 at most; a new head is trained whole; nothing else moves."""
+    worker, rows_of = (SFTWorker, examples) if kind == "sft" else (RewardModelWorker, pairs)
+    path = tiny_checkpoint(tmp_path / "start", "llama", seed=1)
+    if kind == "reward":
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+        path = tmp_path / "with_head"
+        model.save_pretrained(path)
+    kinds: Any = AutoModelForCausalLM if kind == "sft" else AutoModelForSequenceClassification
+    before = dict(kinds.from_pretrained(path, dtype=torch.float32).named_parameters())
+    setup = replace(make_setup(path), lora=LoraConfig(rank=2, alpha=8.0))
+    (after, evaluations), _ = on_ranks(run_with_adapters, 2, setup, worker, rows_of)
+    assert after.keys() == before.keys(), "the names of a model without adapters"
+    moved = set()
+    for name, tensor in after.items():
+        change = tensor - before[name].detach().numpy()
+        if np.abs(change).max() > 1e-6:
+            moved.add(name)
+            assert "_proj" in name or name == "score.weight", name
+            assert np.linalg.matrix_rank(change, tol=1e-5) <= 2, name
+    assert sum("_proj" in name for name in moved) == 14, "every linear layer of both decoder layers"
+    assert ("score.weight" in moved) == (kind == "reward")
+    assert evaluations[0] == evaluations[1], "held-out rows see no dropout"
