@@ -146,10 +146,8 @@ class SupervisedWorker:
         """Write the network as a Hugging Face checkpoint. A collective."""
         tokenizer = self.setup.model.tokenizer
         assert tokenizer is not None
-        first = self.ranks.rank == 0
-        state = zero.full_state(self.engine.module.model, dtype=self.setup.learner.dtype, keep=first)
-        if first:
-            models.save_pretrained(self.engine.module.model, state, folder, tokenizer=tokenizer)
+        dtype, keep = self.setup.learner.dtype, self.ranks.rank == 0
+        models.export(self.engine.module.model, folder, dtype=dtype, tokenizer=tokenizer, keep=keep)
 
     def _adapted(self, model: Any, task: str) -> Any:
         if self.setup.lora.rank is None:

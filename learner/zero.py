@@ -162,12 +162,11 @@ def finite_grad_norm(engine: Any, name: str) -> float:
     """Return the norm of the gradient that the last step took, over all ranks and before clipping.
 
     Raises:
-        FloatingPointError: it is not finite. The step has spoilt the weights of this process; what was exported or sent
-            before it is whole.
+        FloatingPointError: it is not finite. ZeRO-3 has not taken the step: the weights are those of before.
     """
     norm = float(engine.get_global_grad_norm())
     if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient of the {name} has norm {norm}; its weights cannot be used any more")
+        raise FloatingPointError(f"the gradient of the {name} has norm {norm}; no step was taken with it")
     return norm
 
 

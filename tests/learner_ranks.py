@@ -10,9 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import numpy as np
-
-from actors.rollout import Prompt, Rollout, ScoredRollout
 from learner.zero import Ranks
 
 
@@ -46,24 +43,3 @@ def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_
             pool.submit(_run, function, Ranks(rank, world_size, "127.0.0.1", port), args) for rank in range(world_size)
         ]
         return [future.result(timeout=timeout_s) for future in futures]
-
-
-def random_rollouts(count: int, *, seed: int, vocab_size: int = 64) -> list[ScoredRollout]:
-    """Return rollouts of random tokens, lengths and scores."""
-    rng = np.random.default_rng(seed)
-    scored = []
-    for index in range(count):
-        prompt_length, length = int(rng.integers(2, 8)), int(rng.integers(1, 10))
-        prompt = Prompt(index, rng.integers(4, vocab_size, prompt_length).astype(np.int32), "", ())
-        rollout = Rollout(
-            prompt=prompt,
-            sample=0,
-            response_ids=rng.integers(4, vocab_size, length).astype(np.int32),
-            rollout_logprobs=rng.normal(-3, 1, length).astype(np.float32),
-            response_mask=np.ones(length, dtype=np.bool_),
-            policy_versions=np.zeros(length, dtype=np.int32),
-            finish_reason="stop",
-            text="",
-        )
-        scored.append(ScoredRollout(rollout, float(rng.normal())))
-    return scored

@@ -1,6 +1,7 @@
 """The learner over real gloo ranks: one rank equals a plain loop, and two ranks equal one, in seven variants.
 
-The variants take their updates one after another in the same processes, since starting those takes longest.
+The variants take their updates one after another in the same processes, since starting those takes long.
+Two and a half minutes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""learner.training, guard and record: what keeps a step from being taken, and what is left then. About 40 seconds.
+"""learner.training, guard and record: what keeps a step from being taken, and what is left then. About a minute.
 
 The judgement and the figures by hand; the rest on two real ranks, where each scenario is compared, bit for bit, with an
 update that never saw what was refused.
