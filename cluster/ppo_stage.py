@@ -33,9 +33,8 @@ def run_ppo(run: Run, before: Handover) -> Handover:
     source = prompt_source(config.data, tokenizer, seed=config.seed)
     held_out = held_out_prompts(config.data, tokenizer, config.evaluation.num_prompts)
     for name, count in source.dropped:
-        if count == 0:
-            continue
-        run.console.note(f"{count} prompts of more than {config.data.max_prompt_tokens} tokens left out of {name}")
+        if count:
+            run.console.note(f"{count} prompts of more than {config.data.max_prompt_tokens} tokens left out of {name}")
     text: tuple[IntArray, ...] = ()
     if config.algorithm.ptx.coef > 0:
         text = tuple(ptx_rows(config.algorithm.ptx, tokenizer))

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from conf.schema import LearnerConfig, OptimizerConfig
 from learner.zero import Ranks
 from tests.learner_ranks import on_ranks
+from tests.test_ema import Net
 
 pytestmark = pytest.mark.ranks
 
@@ -31,19 +32,6 @@ BEFORE = (
 )
 
 State = dict[str, Any]
-
-
-class Net(nn.Module):
-    """Parameters with an odd number of elements, so that two ranks have padding at the end of a shard."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second = nn.Linear(5, 3), nn.Linear(3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.second(self.first(x).tanh())
-        return y
 
 
 def data(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
