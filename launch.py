@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from conf.check import check
+from cluster.checkpoints import Checkpoint, CheckpointError, Checkpoints
+from cluster.identity import identity_of
+from cluster.run_lock import run_lock
+from conf.check import CHECKPOINTS, check, check_nothing_recorded, run_of
 from conf.load import group_options, load_config, to_yaml
 from conf.schema import Config, ConfigError
 
@@ -33,6 +36,9 @@ Common settings (all of them: --cfg job; what they mean: conf/schema/):
   data.eval_path=PATH            held-out prompts; evaluation.verifier=module:function judges the responses
   seed=0                         of everything that is drawn
   run.dir=PATH                   where the results go; runs/EXPERIMENT/TIME unless given
+  resume=auto                    goes on from the newest whole checkpoint in run.dir, or starts if there is none yet;
+                                 resume=PATH from that checkpoint, or from the newest in that run folder
+  checkpoint.every=N             steps between checkpoints; checkpoint.keep=N of them stay, and the best
   algorithm=grpo                 another algorithm than PPO with a critic, as its paper sets it
   algorithm.num_steps=N          iterations of generate, score, learn, sync
   algorithm.kl_coef=X            how closely the policy is held to the reference
@@ -47,12 +53,16 @@ Examples:
   python launch.py experiment=quickstart algorithm.kl_coef=0.1 cluster.num_generators=2
   python launch.py experiment=quickstart algorithm=grpo algorithm.prompts_per_step=32 algorithm.samples_per_prompt=8
   python launch.py model.path=./policy 'reward.sources=[{path: ./reward_model}]' data.path=prompts.jsonl learner=cpu
+  python launch.py experiment=quickstart run.dir=runs/mine resume=auto
   python launch.py experiment=llama3_8b data.path=prompts.jsonl data.eval_path=null --cfg job
 """
 
 
 def main(argv: Sequence[str]) -> int:
-    """The exit code of the run: 0 when it went well, 2 when a setting is wrong, otherwise what the run says."""
+    """The exit code of the run: 0 when it went well, 2 when a setting is wrong, otherwise what the run says.
+
+    2 also for a folder that cannot be used, or a checkpoint that the run cannot go on from.
+    """
     try:
         overrides, only_print = _parse(argv)
         if overrides is None:
@@ -64,29 +74,80 @@ def main(argv: Sequence[str]) -> int:
             return 0
         return _run(config)
     except ConfigError as error:
-        print(f"launch.py: {error}", file=sys.stderr)
+        _note(str(error))
         return 2
+    except CheckpointError as error:
+        _note(str(error))
+        return 1
 
 
 def _run(config: Config) -> int:
-    """Checks `config`, makes the run's folder with the resolved config in it, and runs the stages."""
+    """Checks `config`, takes the run's folder for this process alone, and runs the stages from where it stood."""
     check(config)
     from actors.preflight import preflight
 
     preflight(config)
-    run_dir = make_run_dir(config)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    from cluster.stages import run
+    run_dir = make_run_dir(config).resolve()
+    with run_lock(run_dir):
+        checkpoints = Checkpoints(run_dir / CHECKPOINTS, keep=config.checkpoint.keep, identity=identity_of(config))
+        checkpoints.tidy()
+        resume = _found(config, checkpoints)
+        if resume is not None:
+            _note(f"going on from {resume.folder}")
+        _save_settings(config, run_dir)
+        from cluster.stages import run
 
-    return run(config, run_dir.resolve())
+        return run(config, run_dir, checkpoints=checkpoints, resume=resume)
+
+
+def _found(config: Config, checkpoints: Checkpoints) -> Checkpoint | None:
+    """The checkpoint to go on from, with newer ones of the run removed; None for a run that starts.
+
+    Raises ConfigError if the run cannot go on from what there is.
+    """
+    if config.resume == "never":
+        return None
+    is_auto = config.resume == "auto"
+    checkpoint = checkpoints.newest(_note) if is_auto else checkpoints.load(Path(config.resume), _note)
+    if checkpoint is None:
+        check_nothing_recorded(checkpoints.folder.parent)
+        return None
+    if checkpoints.owns(checkpoint) and (newer := checkpoints.forget_after(checkpoint)):
+        _note(f"removed what is newer: {', '.join(newer)}")
+    return checkpoint
+
+
+def _save_settings(config: Config, run_dir: Path) -> None:
+    try:
+        (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("run.dir", str(run_dir), f"config.yaml cannot be written ({error.strerror})") from error
+
+
+def _note(line: str) -> None:
+    print(f"launch.py: {line}", file=sys.stderr)
 
 
 def make_run_dir(config: Config) -> Path:
-    """A folder for this run alone: run.dir, or a new runs/<experiment>/<time>."""
-    if config.run.dir is not None:
-        folder = Path(config.run.dir)
+    """The folder of this run: run.dir, that of the checkpoint of resume=PATH, or a new runs/<experiment>/<time>.
+
+    Raises ConfigError if it cannot be made.
+    """
+    folder = None if config.run.dir is None else Path(config.run.dir)
+    if folder is None and config.resume != "never":
+        folder = run_of(Path(config.resume))
+    try:
+        if folder is None:
+            return _new_folder(config)
         folder.mkdir(parents=True, exist_ok=True)
-        return folder
+    except OSError as error:
+        remedy = f"cannot be made ({error.strerror}: {error.filename}); name a folder that this user may write to"
+        raise ConfigError("run.dir", config.run.dir, remedy) from error
+    return folder
+
+
+def _new_folder(config: Config) -> Path:
+    """A new runs/<experiment>/<time> for this run alone."""
     parent = Path("runs") / config.experiment
     parent.mkdir(parents=True, exist_ok=True)
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

@@ -240,6 +240,7 @@ def _engine_args(model_path: str, config: GeneratorConfig, *, device: str, seed:
         model=model_path,
         skip_tokenizer_init=True,
         trust_remote_code=trust_remote_code,
+        load_format="safetensors",
         dtype=config.dtype,
         seed=seed,
         max_model_len=config.max_model_len,

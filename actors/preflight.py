@@ -12,9 +12,12 @@ from actors.mixing import held_out_prompts, prompt_source
 from actors.rows import read_rows
 from actors.supervised_rows import check_columns, ptx_rows
 from actors.verifiers import load_function
+from actors.vllm_architectures import architectures_of_vllm
+from actors.weight_files import check_weight_files
 from conf.check import starting_model
 from conf.schema import Config, ConfigError
 
+LARGEST_SEED = 2**32 - 1  # numpy's old generator, which vLLM and transformers seed, takes no larger one
 COLUMNS = {"sft": ("answer",), "reward_training": ("chosen", "rejected")}
 
 
@@ -24,11 +27,16 @@ def preflight(config: Config) -> None:
     for key, spec in (*named, ("evaluation.verifier", config.evaluation.verifier)):
         if spec is not None:
             load_function(spec, key=key)
+    if config.seed > LARGEST_SEED:
+        raise ConfigError("seed", config.seed, f"must be at most {LARGEST_SEED}")
     key, path = starting_model(config)
     model = _model_config(key, path, config)
+    if key != "model.init_config":
+        check_weight_files(key, path)
     tokenizer = _policy_tokenizer(config)
     _check_vocabulary(config, tokenizer, model.vocab_size)
     if {"ppo", "eval"} & set(config.stages):
+        _check_architecture(key, path, model)
         _check_context(config, getattr(model, "max_position_embeddings", None))
         _check_reference(config, tokenizer, model)
         _check_reward_models(config)
@@ -53,6 +61,15 @@ def _tokenizer_source(config: Config) -> tuple[str, str]:
     if config.model.tokenizer is not None:
         return "model.tokenizer", config.model.tokenizer
     return starting_model(config)
+
+
+def _check_architecture(key: str, path: str, model: Any) -> None:
+    """The generators are vLLM's, which has to know the architecture that the checkpoint names, if it names one."""
+    known = architectures_of_vllm()
+    for name in getattr(model, "architectures", None) or ():
+        if known is not None and name not in known:
+            remedy = "choose a causal language model of vLLM's list of supported models"
+            raise ConfigError(key, path, f"vLLM, which samples the responses, does not know {name}; {remedy}")
 
 
 def _check_vocabulary(config: Config, tokenizer: Any, vocab_size: int) -> None:
@@ -86,6 +103,7 @@ def _check_reference(config: Config, tokenizer: Any, policy: Any) -> None:
     if path is None:
         return
     reference = _model_config("model.reference", path, config)
+    check_weight_files("model.reference", path)
     if reference.vocab_size != policy.vocab_size:
         sizes = f"has a vocabulary of {reference.vocab_size}, the policy one of {policy.vocab_size}"
         raise ConfigError("model.reference", path, f"{sizes}; name a reference that the policy descends from")
@@ -111,8 +129,11 @@ def _shape(model: Any) -> dict[str, Any]:
 
 def _check_reward_models(config: Config) -> None:
     for number, source in enumerate(config.reward.sources):
-        if source.type == "model" and source.path is not None and not is_adapter(source.path):
-            key = f"reward.sources[{number}].path"
+        if source.type != "model" or source.path is None:
+            continue
+        key = f"reward.sources[{number}].path"
+        check_weight_files(key, source.path)
+        if not is_adapter(source.path):
             labels = _model_config(key, source.path, config, text_part=False).num_labels
             if labels != 1:
                 remedy = f"is no reward model: its classification head has {labels} labels"
@@ -138,6 +159,7 @@ def _check_critic(config: Config, tokenizer: Any) -> None:
         remedy = f"a critic cannot start from the adapter at {path}; merge it, or set learner.critic_init=policy"
         raise ConfigError(key, start, remedy)
     _model_config(key, path, config)
+    check_weight_files(key, path)
     if _tokenizer(key, path, config).get_vocab() != tokenizer.get_vocab():
         remedy = f"{path} numbers its tokens differently from the policy; set learner.critic_init=policy"
         raise ConfigError(key, start, remedy)
@@ -171,7 +193,7 @@ def _tokenizer(key: str, path: str, config: Config) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:  # nothing there, or files that make no tokenizer
+    except Exception as error:  # nothing there, or files that make no tokenizer, of which the library raises anything
         raise ConfigError(key, path, f"no tokenizer can be loaded from {path}: {_one_line(error)}") from error
 
 
@@ -180,7 +202,7 @@ def _model_config(key: str, path: str, config: Config, *, text_part: bool = True
 
     try:
         whole = AutoConfig.from_pretrained(path, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError) as error:  # nothing there, or an architecture that transformers does not know
+    except Exception as error:  # nothing there, an architecture that transformers does not know, or a broken file
         raise ConfigError(key, path, f"no Hugging Face checkpoint can be read there: {_one_line(error)}") from error
     return whole.get_text_config() if text_part else whole
 

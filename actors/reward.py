@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from actors.reward_function import FunctionReward, RewardFunction
-from actors.reward_http import HTTPReward
+from actors.reward_http import HTTPReward, Secret
 from actors.reward_model import RewardModel
 from actors.reward_source import Fault, RewardSource, SourceError, sample_name
 from actors.reward_vllm import VLLMRewardModel
@@ -55,16 +55,21 @@ class Rewards:
         trained: str | None,
         device: str,
         trust_remote_code: bool = False,
+        token: Secret | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Makes every source. `trained` is the checkpoint of a reward stage that ran before, if one did.
+
+        `token` is what reward servers are sent, by default what the environment says.
 
         Raises ConfigError for a source that cannot be made, and as `source_configs` does.
         """
         self.config, self._sleep = config, sleep
         self._sources = []
         for number, item in enumerate(source_configs(config, trained)):
-            source = make_source(item, key=_key(number), device=device, trust_remote_code=trust_remote_code)
+            source = make_source(
+                item, key=_key(number), device=device, trust_remote_code=trust_remote_code, token=token
+            )
             self._sources.append(_Named(item.label, item.weight, _key(number), source))
         self.num_retries = 0  # calls of a source, since the start, that asked for something again
 
@@ -159,7 +164,14 @@ def source_configs(config: RewardConfig, trained: str | None) -> tuple[RewardSou
     )
 
 
-def make_source(source: RewardSourceConfig, *, key: str, device: str, trust_remote_code: bool = False) -> RewardSource:
+def make_source(
+    source: RewardSourceConfig,
+    *,
+    key: str,
+    device: str,
+    trust_remote_code: bool = False,
+    token: Secret | None = None,
+) -> RewardSource:
     """The source that `source` names, which stands at `key`. A model is loaded to `device`, "cpu" or "cuda".
 
     Raises ConfigError for a checkpoint that cannot score, a function that is not there, and the like.
@@ -171,7 +183,7 @@ def make_source(source: RewardSourceConfig, *, key: str, device: str, trust_remo
         arguments = {"answer_key": source.answer_key} if source.verifier == "math_verify" else {}
         return FunctionReward(f"actors.verifiers:{source.verifier}", key=f"{key}.verifier", **arguments)
     if source.type == "http":
-        return HTTPReward(source, key=key)
+        return HTTPReward(source, key=key, token=token)
     made = VLLMRewardModel if source.engine == "vllm" else RewardModel
     return made(source, key=key, device=device, trust_remote_code=trust_remote_code)
 

@@ -8,32 +8,51 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from actors.reward_source import Fault, SourceError, finite_number, sample_name
 from actors.rollout import Rollout
 from conf.schema import ConfigError, RewardSourceConfig
 
 TOKEN_VARIABLE = "MANTA_REWARD_TOKEN"
+ANSWER_BYTES, ANSWER_BYTES_PER_SCORE = 1 << 20, 1 << 10  # the longest answer that is read: the one, and the other each
 # Answers that say that the settings are wrong, which no other try will change.
 REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
 SHOWN_CHARACTERS = 200  # of an answer that is not understood
 
 
-class HTTPReward:
-    """Scores of the server at `source.url`, asked with up to `source.concurrency` requests at a time.
+@dataclass(frozen=True)
+class Secret:
+    """Text that is sent to those who ask for it and never shown: its repr hides it."""
 
-    A bearer token is taken from the environment variable MANTA_REWARD_TOKEN, if it is set.
+    value: str = field(repr=False)
+
+
+def reward_token() -> Secret:
+    """The bearer token in the environment variable MANTA_REWARD_TOKEN, or an empty one.
+
+    It is read where the run is started and handed to the processes that need it. It must not be put into their
+    environment by Ray, which writes that to its logs.
     """
+    return Secret(os.environ.get(TOKEN_VARIABLE, "").strip())
 
-    def __init__(self, source: RewardSourceConfig, *, key: str) -> None:
+
+class HTTPReward:
+    """Scores of the server at `source.url`, asked with up to `source.concurrency` requests at a time."""
+
+    def __init__(self, source: RewardSourceConfig, *, key: str, token: Secret | None = None) -> None:
         """Does not connect yet. `key` is where the source stands in the settings.
+
+        `token` is the bearer token that is sent, none if it is empty; by default it is `reward_token()`.
 
         Raises ConfigError for an address that cannot be asked and for a token that no header can carry.
         """
@@ -44,7 +63,7 @@ class HTTPReward:
             raise ConfigError(f"{key}.url", source.url.rpartition("@")[2], "is no address of a server") from None
         self.source, self.key, self.url = source, key, source.url
         self.name = f"{key}.url {_without_secrets(source.url)}"
-        self._token = os.environ.get(TOKEN_VARIABLE, "").strip()
+        self._token = (reward_token() if token is None else token).value
         if not (self._token.isascii() and self._token.isprintable()):
             raise ConfigError(TOKEN_VARIABLE, "...", "holds characters that no HTTP header can carry")
 
@@ -83,52 +102,69 @@ class HTTPReward:
         body = json.dumps(request_body(self.source, rollouts), default=str)
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         try:
-            response = requests.post(
+            with requests.post(
                 self.url,
                 data=body,
                 headers=headers,
                 timeout=self.source.timeout_s,
                 auth=self._authorise if self._token else None,
                 allow_redirects=False,  # a redirected POST would be sent as GET, without its body
-            )
-        except requests.Timeout:
+                stream=True,
+            ) as response:
+                content = self._read(response, len(rollouts))
+        except (requests.Timeout, TimeoutError):
             remedy = f"raise {self.key}.timeout_s, lower reward.batch_size, or see why the server is slow"
             raise SourceError(f"{self.name} did not answer within {self.source.timeout_s:g} s; {remedy}") from None
-        except requests.RequestException as error:
+        except (requests.RequestException, HTTPError) as error:
             # Not its own message nor its traceback, which show the whole URL.
             raise SourceError(f"{self.name}: {_cause(error)}; see that the server runs and can be reached") from None
-        return self._values(response, len(rollouts))
+        return self._values(response, content, len(rollouts))
+
+    def _read(self, response: requests.Response, count: int) -> bytes:
+        """The body of an answer. A server that sends it drop by drop, or without end, is an error and not a hang."""
+        deadline = time.monotonic() + self.source.timeout_s
+        content, limit = b"", ANSWER_BYTES + count * ANSWER_BYTES_PER_SCORE
+        try:
+            while part := response.raw.read1(decode_content=True):
+                content += part
+                if len(content) > limit:
+                    raise SourceError(f"{self.name} answered more than {limit} bytes for {count} texts")
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        except ReadTimeoutError:
+            raise TimeoutError from None
+        return content
 
     def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         request.headers["Authorization"] = f"Bearer {self._token}"
         return request
 
-    def _values(self, response: requests.Response, count: int) -> list[object]:
+    def _values(self, response: requests.Response, content: bytes, count: int) -> list[object]:
         if response.status_code in REFUSALS:
             remedy = (
                 f"the server answers {response.status_code} {response.reason}; check the path, and {TOKEN_VARIABLE}"
             )
             raise ConfigError(f"{self.key}.url", _without_secrets(self.url), remedy)
         if response.status_code // 100 != 2:
-            raise SourceError(f"{self.name} answered {response.status_code} {response.reason}{self._shown(response)}")
+            raise SourceError(f"{self.name} answered {response.status_code} {response.reason}{self._shown(content)}")
         try:
-            answer = response.json()
+            answer = json.loads(content)
         except (ValueError, RecursionError):
             kind = response.headers.get("Content-Type", "no content type")
-            raise SourceError(f"{self.name} answered no JSON ({kind}){self._shown(response)}") from None
+            raise SourceError(f"{self.name} answered no JSON ({kind}){self._shown(content)}") from None
         names = ANSWERS[self.source.format]
         values = next((answer[name] for name in names if name in answer), None) if isinstance(answer, dict) else None
         if not isinstance(values, list):
             expected = (
                 f"an object with a list under {' or '.join(names)}, as {self.key}.format={self.source.format} says"
             )
-            raise SourceError(f"{self.name} answered something else than {expected}{self._shown(response)}")
+            raise SourceError(f"{self.name} answered something else than {expected}{self._shown(content)}")
         if len(values) != count:
             raise SourceError(f"{self.name} answered {len(values)} scores for {count} texts")
         return values
 
-    def _shown(self, response: requests.Response) -> str:
-        text = " ".join(response.text[: 10 * SHOWN_CHARACTERS].split())
+    def _shown(self, content: bytes) -> str:
+        text = " ".join(content[: 10 * SHOWN_CHARACTERS].decode("utf-8", errors="replace").split())
         text = text.replace(self._token, "...") if self._token else text
         return f": {text[:SHOWN_CHARACTERS]}" if text else ", with an empty body"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from actors.rendering import render_conversation
 from actors.reward_source import Fault, finite_number, sample_name
 from actors.rollout import Rollout
+from actors.weight_files import check_weight_files
 from conf.schema import ConfigError, RewardSourceConfig
 
 if TYPE_CHECKING:
@@ -205,12 +206,14 @@ def _load_model(conversations: Conversations, *, trust_remote_code: bool) -> Any
     from transformers import AutoModelForSequenceClassification
 
     source, adapter = conversations.source, conversations.adapter
+    check_weight_files(f"{conversations.key}.path", source.path or "")
     dtype = getattr(torch, source.dtype)
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         source.path if adapter is None else adapter,
         config=conversations.model_config,
         dtype=dtype if adapter is None else torch.float32,  # a sum is rounded once, after merging
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=adapter is not None,  # the head of the base, which the adapter replaces
     )

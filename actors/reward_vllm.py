@@ -45,6 +45,7 @@ class VLLMRewardModel:
             runner="pooling",
             pooler_config=PoolerConfig(use_activation=False),  # or the score would go through a sigmoid
             trust_remote_code=trust_remote_code,
+            load_format="safetensors",
             dtype=source.dtype,
             max_model_len=tokens if context is None else min(tokens, context),
             max_num_batched_tokens=tokens,

@@ -95,14 +95,21 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
     def receive_weights(self, update_info: ReceiverUpdateInfo) -> None:
         """Receive one whole update: a message for each group, then the checksums and the version.
 
-        Raises WeightMismatchError for the first tensor that did not arrive as it was sent.
+        Raises WeightMismatchError for the first tensor that did not arrive as it was sent, and RuntimeError that names
+        the group when the sender is lost, or has sent nothing for as long as the transport's timeout.
         """
         with self._failing_for_good():
             transport, manifest, audit = self._connected()
             audit.begin(seed=update_info.version)
-            received = [total for group in manifest.groups for total in self._receive_group(transport, audit, group)]
+            received: list[int] = []
+            for index, group in enumerate(manifest.groups):
+                # vLLM keeps views of what it is given until a layer is whole: a message is never written into again.
+                message = torch.empty(message_layout(group)[1], dtype=torch.uint8, device=transport.device)
+                stage = f"group {index} ({group[0].name} to {group[-1].name})"
+                self._await(transport, message, version=update_info.version, stage=stage)
+                received += self._take_in(audit, group, message)
             trailer = torch.zeros(len(manifest) + 1, dtype=torch.int64, device=transport.device)
-            transport.broadcast(trailer)
+            self._await(transport, trailer, version=update_info.version, stage="the checksums")
             *sent, version = trailer.tolist()
             if version != update_info.version:
                 raise RuntimeError(f"the sender sent version {version}, this update is version {update_info.version}")
@@ -110,11 +117,15 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
                 if ours != theirs:
                     raise WeightMismatchError(meta.name, "wire", f"checksum {ours} arrived, {theirs} was sent")
 
-    def _receive_group(self, transport: Transport, audit: WeightAudit, group: Sequence[WeightMeta]) -> list[int]:
+    @staticmethod
+    def _await(transport: Transport, message: Tensor, *, version: int, stage: str) -> None:
+        try:
+            transport.broadcast(message)
+        except RuntimeError as error:
+            raise RuntimeError(f"weight update {version} failed at {stage}: {error}") from error
+
+    def _take_in(self, audit: WeightAudit, group: Sequence[WeightMeta], message: Tensor) -> list[int]:
         """The checksums of the tensors of `group` as they arrived; loads them into the model."""
-        # vLLM keeps views of what it is given until a layer is whole, so a message must never be written into again.
-        message = torch.empty(message_layout(group)[1], dtype=torch.uint8, device=transport.device)
-        transport.broadcast(message)
         tensors = unpack(group, message.to(self.device))
         checksums = [checksum(tensor) for tensor in tensors]
         for meta, tensor in zip(group, tensors, strict=True):

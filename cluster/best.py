@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from conf.schema import EvaluationConfig
 
@@ -22,6 +23,7 @@ class BestPolicy:
         self.metric, self.sign = config.best_metric, 1.0 if config.best_is == "highest" else -1.0
         self.folder, self.export = folder, export
         self.best: float | None = None
+        self.best_step: int | None = None
 
     def offer(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Export if these held-out metrics are the best so far; return what is to be logged.
@@ -33,8 +35,15 @@ class BestPolicy:
         value = metrics.get(self.metric, math.nan)
         if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
             self._publish(step, value)
-            self.best = value
+            self.best, self.best_step = value, step
         return {} if self.best is None else {"eval/best": self.best}
+
+    def state(self) -> dict[str, float | int | None]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` was taken. What was exported since then gives way to what is as good again."""
+        self.best, self.best_step = state["best"], state["best_step"]
 
     def _publish(self, step: int, value: float) -> None:
         new, old = self.folder.with_name(f".{self.folder.name}.new"), self.folder.with_name(f".{self.folder.name}.old")

@@ -29,8 +29,8 @@ _COMPARED = (  # what it is called, its name in summary.json without _before and
 )
 _PATHS = (
     ("policy and critic", "export"),
+    ("best policy", "export/best"),
     ("checkpoints", "checkpoints"),
-    ("best policy", "checkpoints/best"),
     ("curves", "curves.png"),
     ("score against KL", "frontier.png"),
     ("summary", "summary.json"),
@@ -45,6 +45,10 @@ class StageProgress(Protocol):
 
     def advance(self, **numbers: float) -> None:
         """One step is done; `numbers` are shown beside it, each until it is given anew."""
+        ...
+
+    def at(self, done: int) -> None:
+        """So many steps are done, of a stage that is taken up again or goes back."""
         ...
 
 
@@ -122,6 +126,9 @@ class _Bar:
         self._numbers |= numbers
         self._progress.update(self._task, advance=1, numbers=_written(self._numbers))
 
+    def at(self, done: int) -> None:
+        self._progress.update(self._task, completed=done)
+
 
 class _Lines:
     """A line at the start, after the first step and the last, and every `every_s` seconds between."""
@@ -132,6 +139,11 @@ class _Lines:
         self._done = 0
         self._started = self._last_line = time.monotonic()
         console.note(f"{name}: starting, {total} steps")
+
+    def at(self, done: int) -> None:
+        if done != self._done:
+            self._console.note(f"{self._name}: goes on after step {done}")
+        self._done = done
 
     def advance(self, **numbers: float) -> None:
         self._numbers |= numbers

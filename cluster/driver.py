@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -123,6 +123,10 @@ class Generators(Protocol):
 
     def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
         """Return the rollouts themselves, for showing a few of them."""
+        ...
+
+    def hold(self, rollouts: Sequence[Rollout]) -> Chunk:
+        """Return rollouts that come from elsewhere, such as a checkpoint, as a chunk."""
         ...
 
 
@@ -239,6 +243,14 @@ class PPODriver:
     def start(self) -> Metrics:
         """Give the generators the learner's weights before anything is sampled, and say how that went."""
         return self.sync.push(self.step)
+
+    def state(self) -> dict[str, float]:
+        """Return what a resumed run needs beside what its partners hold."""
+        return {"step": self.step, "kl_coef": self.kl.coef}
+
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Go on from where `state` was taken; `start` brings the generators there."""
+        self.step, self.kl = int(state["step"]), replace(self.kl, coef=state["kl_coef"])
 
     def iterate(self) -> Iteration:
         """Run one iteration of PPO."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from actors.mixing import held_out_prompts
-from cluster.evaluation import Evaluator
+from cluster.checkpoints import Checkpoint
+from cluster.evaluation import EvaluationResult, Evaluator
+from cluster.faults import LearnersLostError, RolloutsLostError
 from cluster.learners import LearnerGroup
 from cluster.partners import start_generators, start_rewards
-from cluster.processes import collect
+from cluster.recoveries import Recoveries
 from cluster.run import Handover, Run, load_tokenizer
 from learner.divergence import JudgeSetup, JudgeWorker
 
 
-def run_eval(run: Run, before: Handover) -> Handover:
+def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     """Judge the policy as it stands, beside `model.reference` if that is set, and leave the figures in the summary."""
     config, model = run.config, before.model
     assert model.path is not None
@@ -25,8 +26,7 @@ def run_eval(run: Run, before: Handover) -> Handover:
     reference = config.model.reference
     roles = ("generator", "reward") if reference is None else ("generator", "reward", "learner")
     with run.session.placed(*roles) as placement, run.console.stage("eval", 1) as progress:
-        device = run.session.device
-        starting: list[Any] = []
+        device, recoveries = run.session.device, run.recoveries
         learners = None
         if reference is not None:
             setup = JudgeSetup(
@@ -36,13 +36,30 @@ def run_eval(run: Run, before: Handover) -> Handover:
                 device=device,
                 collective_timeout_s=config.cluster.call_timeout_s,
             )
-            learners = LearnerGroup(placement, JudgeWorker, setup, limits=config.cluster)
-            starting += learners.starting
-        generators = start_generators(config, before, placement, model_path=model.path, device=device)
-        rewards = start_rewards(config, before, placement, device=device)
-        starting += [*generators.starting, *rewards.starting]
-        collect(starting, what="starting the processes of the eval stage", timeout_s=config.cluster.start_timeout_s)
-        result = Evaluator(config, held_out, generators, rewards, learners=learners).evaluate()
+            learners = LearnerGroup(placement, JudgeWorker, setup, limits=config.cluster, recoveries=recoveries)
+        generators = start_generators(
+            config, before, placement, model_path=model.path, device=device, recoveries=recoveries
+        )
+        rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries)
+        rewards.members.wait_begun()
+        generators.members.wait_begun()
+        result = judged(Evaluator(config, held_out, generators, rewards, learners=learners), learners, recoveries)
         run.tracker.log("eval", 0, result.metrics | generators.memory() | rewards.memory())
         progress.advance(score=result.metrics["eval/score_mean"])
     return before.with_summary(**{name: value for name, value in result.metrics.items() if name.startswith("eval/")})
+
+
+def judged(evaluator: Evaluator, learners: LearnerGroup | None, recoveries: Recoveries) -> EvaluationResult:
+    """Return the evaluation; from its beginning again if a rank or rollouts are lost, as often as is allowed."""
+    lost: LearnersLostError | None = None
+    while True:
+        try:
+            if learners is not None:
+                if lost is not None:
+                    learners.restart(str(lost))
+                learners.wait_started()
+            return evaluator.evaluate()
+        except LearnersLostError as error:
+            lost = error
+        except RolloutsLostError as error:
+            recoveries.count("rollouts", str(error))

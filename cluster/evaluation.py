@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from actors.rollout import Prompt
+import numpy as np
+
+from actors.rollout import Prompt, Rollout
 from cluster.driver import (
+    Chunk,
     Generators,
     Learners,
     Metrics,
@@ -84,8 +87,31 @@ class Evaluator:
         """
         self.reference_scores = scores_of(reference.handles)
         first = reference.handles[0].chunk  # alone: whoever holds a handle keeps its chunk from being let go
-        self.fixed = tuple(handle for handle in reference.handles if handle.chunk is first)
+        scored = [handle for handle in reference.handles if handle.chunk is first]
+        # Copied, since the node that made it may be lost; whole, since padding goes by all that are scored together.
+        chunk = self.generators.hold(self.generators.read(whole(first)))
+        self.fixed = tuple(replace(handle, chunk=chunk) for handle in scored)
         return self._win_rate(self.reference_scores)
+
+    def state(self) -> dict[str, Any]:
+        """Return, as JSON can hold it, what `compare_with` has taken."""
+        rollouts = self.generators.read(whole(self.fixed[0].chunk)) if self.fixed else []
+        return {
+            "reference_scores": [[prompt, scores] for prompt, scores in self.reference_scores.items()],
+            "responses": [response_to_plain(rollout) for rollout in rollouts],
+            "scores": [[handle.row, handle.score, dict(handle.parts)] for handle in self.fixed],
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned, with the same held-out prompts."""
+        self.reference_scores = dict(state["reference_scores"])
+        self.fixed = ()
+        if state["responses"]:
+            prompts = {prompt.id: prompt for prompt in self.prompts}
+            chunk = self.generators.hold([response_from_plain(plain, prompts) for plain in state["responses"]])
+            self.fixed = tuple(
+                ScoredHandle(chunk.infos[row], chunk, row, score, parts) for row, score, parts in state["scores"]
+            )
 
     def _correctness(self, handles: Sequence[ScoredHandle], verdicts: Sequence[float | None]) -> Metrics:
         """Return the share of the judged responses that is right, pass@k, and how many have no verdict.
@@ -134,6 +160,39 @@ class Evaluator:
             return {}
         now = [again[handle.info.prompt_id, handle.info.sample] for handle in before]
         return {"monitor/score_drift": score_drift([handle.score for handle in before], now)}
+
+
+def whole(chunk: Chunk) -> list[ScoredHandle]:
+    """Return a handle for every row of a chunk, to read it by; the scores are none."""
+    return [ScoredHandle(info, chunk, row, math.nan) for row, info in enumerate(chunk.infos)]
+
+
+def response_to_plain(rollout: Rollout) -> dict[str, Any]:
+    """Return a response as JSON can hold it, its prompt by number; float32 comes back bit for bit."""
+    return {
+        "prompt": rollout.prompt.id,
+        "sample": rollout.sample,
+        "response_ids": rollout.response_ids.tolist(),
+        "rollout_logprobs": rollout.rollout_logprobs.tolist(),
+        "response_mask": rollout.response_mask.tolist(),
+        "policy_versions": rollout.policy_versions.tolist(),
+        "finish_reason": rollout.finish_reason,
+        "text": rollout.text,
+    }
+
+
+def response_from_plain(plain: Mapping[str, Any], prompts: Mapping[int, Prompt]) -> Rollout:
+    """Return what `response_to_plain` was called on."""
+    return Rollout(
+        prompt=prompts[plain["prompt"]],
+        sample=plain["sample"],
+        response_ids=np.asarray(plain["response_ids"], dtype=np.int32),
+        rollout_logprobs=np.asarray(plain["rollout_logprobs"], dtype=np.float32),
+        response_mask=np.asarray(plain["response_mask"], dtype=np.bool_),
+        policy_versions=np.asarray(plain["policy_versions"], dtype=np.int32),
+        finish_reason=plain["finish_reason"],
+        text=plain["text"],
+    )
 
 
 def scores_of(handles: Sequence[ScoredHandle]) -> dict[int, list[float]]:

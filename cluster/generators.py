@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from actors.rollout import Prompt, Rollout
 from cluster.driver import Chunk, Metrics, RolloutInfo, Sampling, ScoredHandle
-from cluster.processes import Placement, ProcessError, collect, peak_resident_mib
-from conf.schema import ClusterConfig, GeneratorConfig
+from cluster.faults import ProcessLostError
+from cluster.members import Members
+from cluster.processes import Placement, Process, answer, collect, reason
+from cluster.recoveries import Recoveries
+from conf.schema import ClusterConfig, ConfigError, GeneratorConfig
+
+Part = tuple[tuple[Prompt, int], ...]  # the (prompt, sample) pairs of one chunk
+WRONG_AGAIN = (ConfigError, ValueError, TypeError, AssertionError, LookupError)  # what a new engine would say as well
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class GeneratorSetup:
     trust_remote_code: bool
 
 
-class GeneratorProcess:
+class GeneratorProcess(Process):
     """One vLLM engine in a process of its own."""
 
     def __init__(self) -> None:
@@ -46,14 +53,16 @@ class GeneratorProcess:
             trust_remote_code=setup.trust_remote_code,
         )
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, chunk_size: int) -> Iterator[Any]:
-        """Yield a chunk (a list of rollouts) and then what the driver needs to know of it, chunk by chunk.
+    def sample(self, parts: Sequence[Part], sampling: Sampling) -> Iterator[Any]:
+        """Yield a chunk (a list of rollouts), then its part and what the driver needs to know of it, as each is whole.
 
-        A chunk is `chunk_size` consecutive requests, whichever finishes first, so that what is scored together does not
-        depend on timing.
+        A chunk is what its part says, whichever of its rollouts finishes first, so that what is scored together does
+        not depend on timing.
         """
         from actors.generator import SampleRequest, sampling_seed
 
+        place = {(prompt.id, sample): number for number, part in enumerate(parts) for prompt, sample in part}
+        chunks: list[list[Rollout]] = [[] for _ in parts]
         requests = [
             SampleRequest(
                 prompt=prompt,
@@ -62,20 +71,17 @@ class GeneratorProcess:
                 temperature=sampling.temperature,
                 max_new_tokens=sampling.max_new_tokens,
             )
-            for prompt in prompts
-            for sample in range(sampling.num_samples)
+            for part in parts
+            for prompt, sample in part
         ]
-        place = {(request.prompt.id, request.sample): i // chunk_size for i, request in enumerate(requests)}
-        unfinished = [min(chunk_size, len(requests) - start) for start in range(0, len(requests), chunk_size)]
-        chunks: list[list[Rollout]] = [[] for _ in unfinished]
         for rollout in self.generator.generate(requests):
-            index = place[rollout.key]
-            chunks[index].append(rollout)
-            if len(chunks[index]) == unfinished[index]:
-                chunk = sorted(chunks[index], key=lambda member: member.key)
-                chunks[index] = []
+            number = place[rollout.key]
+            chunks[number].append(rollout)
+            if len(chunks[number]) == len(parts[number]):
+                chunk = sorted(chunks[number], key=lambda member: member.key)
+                chunks[number] = []
                 yield chunk
-                yield tuple(RolloutInfo.of(member) for member in chunk)
+                yield number, tuple(RolloutInfo.of(member) for member in chunk)
 
     def join_sync(self, info: dict[str, Any]) -> None:
         self.generator.init_weight_transfer(info)
@@ -85,60 +91,123 @@ class GeneratorProcess:
         self.generator.update_weights({"version": version})
         self.generator.finish_weight_update(version)
 
-    def peak_resident_mib(self) -> float:
-        return peak_resident_mib()
-
 
 class GeneratorGroup:
-    """The generation actors; prompts are dealt to them in turn."""
+    """The generation actors; prompts are dealt to them in turn.
 
-    def __init__(self, placement: Placement, setup: GeneratorSetup, *, chunk_size: int, limits: ClusterConfig) -> None:
-        self.processes = placement.start(GeneratorProcess, "generator")
+    One that is lost while it samples is replaced, and what it had not finished is sampled again with the same seeds.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        setup: GeneratorSetup,
+        *,
+        chunk_size: int,
+        limits: ClusterConfig,
+        recoveries: Recoveries,
+    ) -> None:
         self.chunk_size, self.limits = chunk_size, limits
-        self.starting = [process.start.remote(setup) for process in self.processes]
+        self.members = Members(
+            placement,
+            GeneratorProcess,
+            "generator",
+            begin=lambda handle: handle.start.remote(setup),
+            limits=limits,
+            recoveries=recoveries,
+        )
+        self.restore: Callable[[], None] = lambda: None  # brings the current weights to all; set by the weight sync
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Chunk]:
-        shares = [list(prompts[index :: len(self.processes)]) for index in range(len(self.processes))]
-        streams = [
-            process.sample.options(num_returns="streaming").remote(share, sampling, self.chunk_size)
-            for process, share in zip(self.processes, shares, strict=True)
-            if share
+        count = len(self.members)
+        shares = [
+            planned(prompts[index::count], num_samples=sampling.num_samples, chunk_size=self.chunk_size)
+            for index in range(count)
         ]
+        while any(shares):
+            unfinished, lost = yield from self._round(shares, sampling)
+            if lost:
+                self.members.replace(lost, what="generating")
+                self.restore()
+            shares = [unfinished[index::count] for index in range(count)]
+
+    def _round(
+        self, shares: Sequence[Sequence[Part]], sampling: Sampling
+    ) -> Generator[Chunk, None, tuple[list[Part], dict[int, str]]]:
+        """Let every member sample its share; return the parts that are not finished, and who is lost and why."""
+        streams = {
+            handle.sample.options(num_returns="streaming").remote(share, sampling): index
+            for index, (handle, share) in enumerate(zip(self.members.handles, shares, strict=True))
+            if share
+        }
+        open_parts = [dict(enumerate(share)) for share in shares]
+        payloads: dict[int, Any] = {}  # of members whose next item describes it
+        lost: dict[int, str] = {}
         while streams:
-            ready, _ = ray.wait(streams, num_returns=1, timeout=self.limits.call_timeout_s, fetch_local=False)
-            if not ready:
-                raise ProcessError(f"generating: nothing finished within {self.limits.call_timeout_s:g} s")
-            stream = ready[0]
-            try:
-                payload = next(stream)
-            except StopIteration:
-                streams.remove(stream)
-                continue
-            described = next(stream, None)
-            if described is None:  # a stream that failed ends with its error in the place of a chunk
-                collect([payload], what="generating", timeout_s=self.limits.call_timeout_s)
-                raise ProcessError("generating: a stream of rollouts ended in the middle of a chunk")
-            yield Chunk(collect([described], what="generating", timeout_s=self.limits.call_timeout_s)[0], payload)
+            ready, gone = self.members.wait_or_lose(streams, timeout_s=self.limits.call_timeout_s)
+            lost |= gone
+            for stream in ready:
+                index = streams[stream]
+                try:
+                    item = next(stream)  # which does not block: the stream is ready
+                except StopIteration:
+                    del streams[stream]
+                    if index not in payloads:
+                        continue
+                    item = payloads[index]  # a stream that failed ends with its error in the place of a chunk
+                if index not in payloads:
+                    payloads[index] = item
+                    continue
+                try:
+                    number, infos = self._description(item)
+                except ProcessLostError as error:
+                    lost[index] = error.why
+                    continue
+                del open_parts[index][number]
+                yield Chunk(infos, payloads.pop(index))
+            streams = {stream: index for stream, index in streams.items() if index not in lost}
+        return [part for parts in open_parts for part in parts.values()], lost
+
+    def _description(self, item: Any) -> tuple[int, tuple[RolloutInfo, ...]]:
+        """Return the number of a part, and what the driver needs to know of its rollouts.
+
+        Raises:
+            ProcessLostError: the process or its engine is gone.
+            ProcessError, ConfigError: the engine found fault with what it was given.
+        """
+        try:
+            number, infos = ray.get(item, timeout=self.limits.call_timeout_s)
+        except RayTaskError as error:
+            if isinstance(error.cause, WRONG_AGAIN):
+                answer(item, who="a generator", what="generating", timeout_s=self.limits.call_timeout_s)
+            why = f"its engine failed: {error.cause!r}"
+            raise ProcessLostError(f"generating: {why}", why=why) from error
+        except RayError as error:
+            why = f"it died: {reason(error)}"
+            raise ProcessLostError(f"generating: {why}", why=why) from error
+        return number, infos
 
     def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
         payloads = {id(handle.chunk): handle.chunk.payload for handle in handles}
-        chunks = dict(
-            zip(
-                payloads,
-                collect(list(payloads.values()), what="reading rollouts", timeout_s=self.limits.call_timeout_s),
-                strict=True,
-            )
-        )
+        read = collect(list(payloads.values()), what="reading rollouts", timeout_s=self.limits.call_timeout_s)
+        chunks = dict(zip(payloads, read, strict=True))
         return [chunks[id(handle.chunk)][handle.row] for handle in handles]
 
+    def hold(self, rollouts: Sequence[Rollout]) -> Chunk:
+        """Return rollouts that come from elsewhere, such as a checkpoint, as a chunk."""
+        return Chunk(tuple(map(RolloutInfo.of, rollouts)), ray.put(list(rollouts)))
+
     def join_sync(self, infos: Sequence[dict[str, Any]]) -> list[Any]:
-        return [process.join_sync.remote(info) for process, info in zip(self.processes, infos, strict=True)]
+        return [handle.join_sync.remote(info) for handle, info in zip(self.members.handles, infos, strict=True)]
 
     def receive_weights(self, version: int) -> list[Any]:
-        return [process.receive_weights.remote(version) for process in self.processes]
+        return [handle.receive_weights.remote(version) for handle in self.members.handles]
 
     def memory(self) -> Metrics:
-        sizes = collect(
-            [p.peak_resident_mib.remote() for p in self.processes], what="memory", timeout_s=self.limits.call_timeout_s
-        )
-        return {"memory/generator_peak_mib": max(sizes)}
+        return self.members.memory()
+
+
+def planned(prompts: Sequence[Prompt], *, num_samples: int, chunk_size: int) -> list[Part]:
+    """Return what one generator samples, cut into chunks of consecutive requests."""
+    pairs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
+    return [tuple(pairs[start : start + chunk_size]) for start in range(0, len(pairs), chunk_size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,11 +12,17 @@ import ray
 
 from actors.rollout import Rollout, ScoredRollout
 from cluster.driver import Metrics, ScoredHandle, ShapedHandle
-from cluster.processes import Placement, collect, peak_resident_mib
-from conf.schema import ClusterConfig
+from cluster.faults import LearnersLostError, ProcessError, ProcessLostError, RolloutsLostError
+from cluster.members import Members
+from cluster.processes import WRITER, Placement, Process, answer, in_group
+from cluster.recoveries import Recoveries
+from conf.schema import ClusterConfig, ConfigError
 from learner.zero import Ranks
 
 Item = TypeVar("Item")
+Files = dict[str, tuple[int, str]]  # name -> bytes and SHA-256
+TAKEN_PORT = "EADDRINUSE"
+SETTLE_S = 15.0  # how long the other ranks have to say what they know, once one has failed
 
 
 class Place(NamedTuple):
@@ -27,11 +34,12 @@ class Place(NamedTuple):
     baseline: float
 
 
-class RankProcess:
+class RankProcess(Process):
     """One rank of a learner group: PPO or a supervised stage, in a process of its own."""
 
     def __init__(self) -> None:
         self.worker: Any = None
+        self.snapshot: Any = None
 
     def endpoint(self) -> tuple[str, int]:
         """Return an address of this node and a port that is free on it."""
@@ -39,8 +47,10 @@ class RankProcess:
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
 
-    def start(self, make: Callable[[Any, Ranks], Any], setup: Any, ranks: Ranks) -> None:
-        self.worker = make(setup, ranks)
+    def start(
+        self, make: Callable[[Any, Ranks], Any], setup: Any, rank: int, world_size: int, endpoint: tuple[str, int]
+    ) -> None:
+        self.worker = make(setup, Ranks(rank, world_size, *endpoint))
 
     def update(
         self, places: Sequence[Sequence[Place]], kl_coef: float, seed: int, step: int, *chunks: Sequence[Rollout]
@@ -77,8 +87,19 @@ class RankProcess:
     def export(self, folder: Path) -> None:
         self.worker.export(folder)
 
-    def peak_resident_mib(self) -> float:
-        return peak_resident_mib()
+    def take_snapshot(self) -> None:
+        """Copy what a checkpoint holds of this rank; training may go on while `write_snapshot` writes it."""
+        self.snapshot = self.worker.snapshot()
+
+    @in_group(WRITER)
+    def write_snapshot(self, folder: Path) -> Files:
+        """Write the copy to this rank's files in `folder`, and let it go."""
+        snapshot, self.snapshot = self.snapshot, None
+        files: Files = snapshot.write(folder)
+        return files
+
+    def restore(self, folder: Path) -> None:
+        self.worker.restore(folder)
 
 
 def scored_rollouts(places: Sequence[Place], chunks: Sequence[Sequence[Rollout]]) -> list[ScoredRollout]:
@@ -86,31 +107,141 @@ def scored_rollouts(places: Sequence[Place], chunks: Sequence[Sequence[Rollout]]
 
 
 class RankGroup:
-    """Learner ranks that were started together and enter every collective together."""
+    """Learner ranks that were started together and enter every collective together.
 
-    def __init__(self, placement: Placement, make: Callable[[Any, Ranks], Any], setup: Any, *, limits: ClusterConfig):
-        self.processes = placement.start(RankProcess, "learner")
-        self.limits = limits
-        endpoint = [self.processes[0].endpoint.remote()]
-        address, port = collect(endpoint, what="placing rank 0", timeout_s=limits.start_timeout_s)[0]
-        self.starting = [
-            process.start.remote(make, setup, Ranks(rank, len(self.processes), address, port))
-            for rank, process in enumerate(self.processes)
-        ]
+    A rank that is lost takes the group with it: every method raises LearnersLostError then, until `restart`.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        make: Callable[[Any, Ranks], Any],
+        setup: Any,
+        *,
+        limits: ClusterConfig,
+        recoveries: Recoveries,
+    ) -> None:
+        self.make, self.setup, self.limits, self.recoveries = make, setup, limits, recoveries
+        self.members = Members(
+            placement,
+            RankProcess,
+            "learner",
+            begin=None,
+            limits=limits,
+            recoveries=recoveries,
+        )
+        self._starting = self._start()
 
     @property
     def num_ranks(self) -> int:
-        return len(self.processes)
+        return len(self.members)
+
+    def _start(self) -> list[Any]:
+        """Let the ranks load what they train, rank 0 being where they meet."""
+        endpoint = self.members.handles[0].endpoint.remote()
+        return [
+            handle.start.remote(self.make, self.setup, rank, self.num_ranks, endpoint)
+            for rank, handle in enumerate(self.members.handles)
+        ]
+
+    def wait_started(self) -> None:
+        """Return when every rank has loaded what it trains; at once if that has been said already."""
+        starting, self._starting = self._starting, []
+        if not starting:
+            return
+        try:
+            self._settled(starting, what="start of the learner", timeout_s=self.limits.start_timeout_s, starting=True)
+        except ProcessError as error:
+            if TAKEN_PORT in str(error):  # between the choice of it and its use
+                raise LearnersLostError(str(error)) from error
+            raise
+
+    def end(self) -> None:
+        """Kill every rank; `restart` puts new ones in their places."""
+        for rank in range(self.num_ranks):
+            self.members.end(rank)
+
+    def restart(self, why: str) -> None:
+        """Begin anew with new processes in the places of all, which know nothing of what was learnt.
+
+        Raises ProcessError if that has been done too often.
+        """
+        self.recoveries.count("learner", why)
+        self.members.renew(range(self.num_ranks))
+        self._starting = self._start()
+        self.wait_started()
+
+    def restore(self, folder: Path) -> None:
+        """Take up what a checkpoint holds in `folder`, of this or another number of ranks."""
+        self._all("restore", folder, what="taking up a checkpoint")
+
+    def take_snapshot(self) -> None:
+        """Copy what a checkpoint holds, on every rank."""
+        self._all("take_snapshot", what="copying for a checkpoint")
+
+    def write_snapshot(self, folder: Path) -> list[Any]:
+        """Let every rank write its copy; the calls return the files, and training may go on meanwhile."""
+        return [handle.write_snapshot.remote(folder) for handle in self.members.handles]
+
+    def written(self, calls: Sequence[Any]) -> list[Files]:
+        """Return the files that each rank has written, when all have.
+
+        Raises LearnersLostError if a rank is lost, ProcessError if it could not write.
+        """
+        return self._settled(calls, what="writing a checkpoint")
 
     def export(self, folder: Path) -> None:
-        self._collect([process.export.remote(folder) for process in self.processes], "export")
+        self._all("export", folder, what="export")
 
     def memory(self) -> Metrics:
-        sizes = self._collect([process.peak_resident_mib.remote() for process in self.processes], "memory")
-        return {"memory/learner_peak_mib": max(sizes)}
+        return self.members.memory()
 
-    def _collect(self, refs: Sequence[Any], what: str) -> list[Any]:
-        return collect(refs, what=f"learner {what}", timeout_s=self.limits.call_timeout_s)
+    def _all(self, method: str, *arguments: Any, what: str) -> list[Any]:
+        """Return what a method that takes the same on every rank returned on each."""
+        return self._settled([getattr(handle, method).remote(*arguments) for handle in self.members.handles], what=what)
+
+    def _settled(
+        self, refs: Sequence[Any], *, what: str, timeout_s: float | None = None, starting: bool = False
+    ) -> list[Any]:
+        """Return what the calls to the ranks, one each, returned.
+
+        The first error to arrive is seldom the cause: when a rank is lost, the collectives of the others break. So all
+        are heard before it is said who is lost, or what failed.
+
+        Args:
+            starting: the calls are the first, and may keep a rank from answering for longer.
+
+        Raises:
+            LearnersLostError: a rank died, does not answer or has not done it in time.
+            ProcessError, ConfigError: a rank raised, and all of them live.
+        """
+        limit = self.limits.call_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + limit
+        calls = {ref: rank for rank, ref in enumerate(refs)}
+        results: dict[int, Any] = {}
+        lost: dict[int, str] = {}
+        failed: list[Exception] = []
+        while calls and not lost:
+            done, lost = self.members.wait(calls, timeout_s=max(deadline - time.monotonic(), 0.0), starting=starting)
+            for ref in done:
+                rank = calls.pop(ref)
+                try:
+                    results[rank] = answer(ref, who=f"learner rank {rank}", what=what, timeout_s=limit)
+                except ProcessLostError as error:
+                    lost[rank] = error.why
+                except (ProcessError, ConfigError) as error:
+                    failed.append(error)
+                    deadline = min(deadline, time.monotonic() + SETTLE_S)
+            if not done and not lost:  # it is too late; after a failure the others wait for the one that left
+                lost = {} if failed else dict.fromkeys(calls.values(), f"it has not done it in {limit:g} s")
+                break
+        if lost:
+            raise LearnersLostError(
+                "; ".join(f"{what}: learner rank {rank} is lost: {why}" for rank, why in lost.items())
+            )
+        if failed:
+            raise LearnersLostError(str(failed[0])) if isinstance(failed[0], RolloutsLostError) else failed[0]
+        return [results[rank] for rank in range(len(refs))]
 
 
 class LearnerGroup(RankGroup):
@@ -120,50 +251,50 @@ class LearnerGroup(RankGroup):
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
     ) -> Metrics:
         refs = []
-        for process, hand in zip(self.processes, hands, strict=True):
+        for handle, hand in zip(self.members.handles, hands, strict=True):
             payloads, places = addressed(hand)
-            refs.append(process.update.remote(places, kl_coef, seed, step, *payloads))
-        metrics: Metrics = self._collect(refs, "update")[0]
+            refs.append(handle.update.remote(places, kl_coef, seed, step, *payloads))
+        metrics: Metrics = self._settled(refs, what="learner update")[0]
         return metrics
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
         refs = []
-        for process, hand in zip(self.processes, hands, strict=True):
-            payloads, places = addressed([[ShapedHandle(handle, handle.score, 0.0) for handle in hand]])
-            refs.append(process.kl_to_reference.remote(places[0], temperature, *payloads))
-        kl: float = self._collect(refs, "evaluation")[0]
+        for handle, hand in zip(self.members.handles, hands, strict=True):
+            payloads, places = addressed([[ShapedHandle(one, one.score, 0.0) for one in hand]])
+            refs.append(handle.kl_to_reference.remote(places[0], temperature, *payloads))
+        kl: float = self._settled(refs, what="learner evaluation")[0]
         return kl
 
     def open_sync(self, *, dtype: str, num_receivers: int, timeout_s: float) -> list[dict[str, Any]]:
-        refs = [process.open_sync.remote(dtype, num_receivers, timeout_s) for process in self.processes]
-        infos: list[dict[str, Any]] = self._collect(refs, "sync")[0]
+        infos: list[dict[str, Any]] = self._all("open_sync", dtype, num_receivers, timeout_s, what="opening the sync")[
+            0
+        ]
         return infos
 
     def connect_sync(self) -> list[Any]:
-        return [process.connect_sync.remote() for process in self.processes]
+        return [handle.connect_sync.remote() for handle in self.members.handles]
 
     def send_weights(self, version: int) -> list[Any]:
-        return [process.send_weights.remote(version) for process in self.processes]
+        return [handle.send_weights.remote(version) for handle in self.members.handles]
 
 
 class SupervisedGroup(RankGroup):
     """The ranks of a supervised stage."""
 
     def train_step(self, rows: Sequence[Any]) -> Metrics:
-        metrics: Metrics = self._collect(
-            [p.train_step.remote(share) for p, share in zip(self.processes, self._shares(rows), strict=True)], "step"
-        )[0]
-        return metrics
+        return self._shared("train_step", rows, what="learner step")
 
     def evaluate(self, rows: Sequence[Any]) -> Metrics:
-        metrics: Metrics = self._collect(
-            [p.evaluate.remote(share) for p, share in zip(self.processes, self._shares(rows), strict=True)],
-            "evaluation",
-        )[0]
-        return metrics
+        return self._shared("evaluate", rows, what="learner evaluation")
 
-    def _shares(self, rows: Sequence[Item]) -> list[Sequence[Item]]:
-        return [rows[rank :: self.num_ranks] for rank in range(self.num_ranks)]
+    def _shared(self, method: str, rows: Sequence[Any], *, what: str) -> Metrics:
+        """Return what a method says, every rank being given its share of the rows."""
+        refs = [
+            getattr(handle, method).remote(rows[rank :: self.num_ranks])
+            for rank, handle in enumerate(self.members.handles)
+        ]
+        metrics: Metrics = self._settled(refs, what=what)[0]
+        return metrics
 
 
 def addressed(hand: Sequence[Sequence[ShapedHandle]]) -> tuple[list[Any], list[list[Place]]]:

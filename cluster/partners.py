@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from actors.preflight import starts_at_reference
+from actors.reward_http import reward_token
 from actors.rollout import IntArray
 from cluster.driver import Metrics
 from cluster.generators import GeneratorGroup, GeneratorSetup
 from cluster.learners import LearnerGroup
-from cluster.processes import Placement, collect
+from cluster.processes import Placement
+from cluster.recoveries import Recoveries
 from cluster.rewards import RewardGroup, RewardSetup
 from cluster.run import Handover
 from cluster.weight_sync import VerifiedWeightSync
@@ -19,7 +19,13 @@ from learner.worker import LearnerWorker
 
 
 def start_generators(
-    config: Config, before: Handover, placement: Placement, *, model_path: str, device: str
+    config: Config,
+    before: Handover,
+    placement: Placement,
+    *,
+    model_path: str,
+    device: str,
+    recoveries: Recoveries,
 ) -> GeneratorGroup:
     """Return generators of the checkpoint `model_path`, starting."""
     model = before.model
@@ -28,19 +34,28 @@ def start_generators(
     setup = GeneratorSetup(
         model_path, model.path, model.tokenizer, config.generator, device, config.seed, model.trust_remote_code
     )
-    return GeneratorGroup(placement, setup, chunk_size=config.reward.batch_size, limits=config.cluster)
+    return GeneratorGroup(
+        placement, setup, chunk_size=config.reward.batch_size, limits=config.cluster, recoveries=recoveries
+    )
 
 
-def start_rewards(config: Config, before: Handover, placement: Placement, *, device: str) -> RewardGroup:
+def start_rewards(
+    config: Config, before: Handover, placement: Placement, *, device: str, recoveries: Recoveries
+) -> RewardGroup:
     """Return the reward actors, starting."""
     setup = RewardSetup(
-        config.reward, before.reward_path, config.evaluation.verifier, device, before.model.trust_remote_code
+        config.reward,
+        before.reward_path,
+        config.evaluation.verifier,
+        device,
+        before.model.trust_remote_code,
+        reward_token(),
     )
-    return RewardGroup(placement, setup, limits=config.cluster)
+    return RewardGroup(placement, setup, limits=config.cluster, recoveries=recoveries)
 
 
 class Partners:
-    """The three groups of processes of the ppo stage."""
+    """The three groups of processes of the ppo stage, and the weight sync between two of them."""
 
     def __init__(
         self,
@@ -50,16 +65,18 @@ class Partners:
         *,
         ptx_rows: tuple[IntArray, ...],
         device: str,
+        recoveries: Recoveries,
     ) -> None:
+        """Let all of them start; `wait_started` returns when they are up."""
         cluster, model = config.cluster, before.model
         assert model.path is not None
         setup = learner_setup(config, before, ptx_rows=ptx_rows, device=device)
-        self.learners = LearnerGroup(placement, LearnerWorker, setup, limits=cluster)
+        self.learners = LearnerGroup(placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries)
         first = model.reference if model.reference is not None and starts_at_reference(config) else model.path
-        self.generators = start_generators(config, before, placement, model_path=first, device=device)
-        self.rewards = start_rewards(config, before, placement, device=device)
-        starting: list[Any] = [*self.learners.starting, *self.generators.starting, *self.rewards.starting]
-        collect(starting, what="starting the processes of the ppo stage", timeout_s=cluster.start_timeout_s)
+        self.generators = start_generators(
+            config, before, placement, model_path=first, device=device, recoveries=recoveries
+        )
+        self.rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries)
         self.sync = VerifiedWeightSync(
             self.learners,
             self.generators,
@@ -67,6 +84,23 @@ class Partners:
             processes_per_generator=config.generator.tensor_parallel_size,
             timeout_s=cluster.sync_timeout_s,
         )
+
+    def wait_started(self) -> None:
+        """Return when all are up and the generators have joined the weight sync; a new learner is joined anew.
+
+        Raises LearnersLostError, ProcessError or ConfigError for what cannot be started.
+        """
+        self.rewards.members.wait_begun()
+        self.generators.members.wait_begun()
+        self.learners.wait_started()
+        self.sync.connect()
+
+    def put_generators_back(self) -> None:
+        """See that the generators hold what they started from, with new ones if they hold anything else."""
+        if not self.sync.untouched:
+            self.generators.members.renew(range(len(self.generators.members)))
+            self.sync.untouched, self.sync.version = True, None
+            self.sync.connect()
 
     def memory(self) -> Metrics:
         return self.learners.memory() | self.generators.memory() | self.rewards.memory()

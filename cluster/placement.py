@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,30 @@ def plan(
     )
 
 
+def without_place(bundles: Sequence[Bundle], nodes: Sequence[Mapping[str, float]]) -> Bundle | None:
+    """Return a process that no node has room for beside the others, None if all can stand somewhere. Pure.
+
+    The largest are placed first, each on the first node with room: what this fits, a scheduler can fit.
+
+    Args:
+        nodes: what each node has in all, by resource.
+    """
+    free = [dict(node) for node in nodes]
+    for bundle in sorted(bundles, key=lambda one: (one.gpus, one.cpus), reverse=True):
+        needs = bundle.resources()
+        room = next((node for node in free if all(node.get(name, 0.0) >= needs[name] for name in needs)), None)
+        if room is None:
+            return bundle
+        for name, amount in needs.items():
+            room[name] -= amount
+    return None
+
+
 def reserve(bundles: tuple[Bundle, ...], *, timeout_s: float) -> Any:
     """Return a placement group with one bundle for each process, in order.
 
     Raises:
-        ConfigError: the cluster cannot hold them, or did not within the time.
+        ConfigError: the cluster cannot hold them, which is said at once, or did not within the time.
     """
     import ray
     from ray.util import placement_group, remove_placement_group
@@ -50,16 +70,18 @@ def reserve(bundles: tuple[Bundle, ...], *, timeout_s: float) -> Any:
     for bundle in bundles:
         for name, amount in bundle.resources().items():
             asked[name] = asked.get(name, 0.0) + amount
-    total = ray.cluster_resources()
-    for name, amount in asked.items():
-        if total.get(name, 0.0) < amount:
-            raise ConfigError(
-                "cluster",
-                f"{len(bundles)} processes",
-                f"they need {amount:g} {name} and the cluster has {total.get(name, 0.0):g}; lower "
-                "cluster.num_generators, cluster.num_learners, cluster.num_rewards or generator.tensor_parallel_size, "
-                "or add nodes",
-            )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    has = [{name: node.get(name, 0.0) for name in asked} for node in nodes]
+    odd = without_place(bundles, has)
+    if odd is not None:
+        raise ConfigError(
+            "cluster",
+            f"{len(bundles)} processes",
+            f"they need {amounts(asked)} in all, and the cluster has {' + '.join(map(amounts, has))}: there is no node "
+            f"with {amounts(odd.resources())} left for {odd.role} {odd.index}; lower cluster.num_{odd.role}s or "
+            f"{'generator.tensor_parallel_size' if odd.role == 'generator' else 'the number of other processes'}, or "
+            "add nodes",
+        )
     group = placement_group([bundle.resources() for bundle in bundles], strategy="PACK")
     if not group.wait(timeout_s):
         free = {name: ray.available_resources().get(name, 0.0) for name in asked}
@@ -67,6 +89,12 @@ def reserve(bundles: tuple[Bundle, ...], *, timeout_s: float) -> Any:
         raise ConfigError(
             "cluster.start_timeout_s",
             timeout_s,
-            f"the cluster did not place {asked} within this time, though it has that much in all; free now: {free}",
+            f"the cluster did not place {amounts(asked)} within this time, though it has that much in all; free now: "
+            f"{amounts(free)}; others may be using it",
         )
     return group
+
+
+def amounts(resources: Mapping[str, float]) -> str:
+    """Return resources as words, such as 2 CPU and 1 GPU."""
+    return " and ".join(f"{amount:g} {name}" for name, amount in resources.items()) or "nothing"

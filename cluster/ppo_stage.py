@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from actors.mixing import held_out_prompts, prompt_source
+from actors.mixing import MixedPromptSource, held_out_prompts, prompt_source
 from actors.preflight import starts_at_reference
-from actors.rollout import IntArray
+from actors.prompts import PromptSource
+from actors.rollout import IntArray, Prompt
 from actors.supervised_rows import ptx_rows
 from cluster.best import BestPolicy
+from cluster.carrying import carry, is_due
+from cluster.checkpoints import Checkpoint
+from cluster.console import StageProgress
 from cluster.driver import Generators, Metrics, PPODriver, Rollouts, Sampling, ScoredHandle
 from cluster.evaluation import EvaluationResult, Evaluator, signs
+from cluster.learners import LearnerGroup
 from cluster.monitors import alarm_lines, alarms
 from cluster.partners import Partners
 from cluster.report import before_and_after
-from cluster.rollouts import Prompts, SampledRollouts, VariedGroups, WithGreedyBaselines
+from cluster.rollouts import Prompts, SampledAgain, SampledRollouts, VariedGroups, WithGreedyBaselines
 from cluster.run import Handover, Run, load_tokenizer
 from cluster.shaping import ScoreShaping
 from conf.schema import Config
@@ -25,7 +30,7 @@ SHOWN = {"score": "reward/score_mean", "kl": "objective/kl", "length": "rollout/
 NUM_EXAMPLES = 5
 
 
-def run_ppo(run: Run, before: Handover) -> Handover:
+def run_ppo(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     """Train the policy against its reward and leave policy and critic in `export`."""
     config, model = run.config, before.model
     assert model.tokenizer is not None
@@ -42,54 +47,156 @@ def run_ppo(run: Run, before: Handover) -> Handover:
         run.session.placed("learner", "generator", "reward") as placement,
         run.console.stage("ppo", config.algorithm.num_steps) as progress,
     ):
-        partners = Partners(config, before, placement, ptx_rows=text, device=run.session.device)
-        evaluator = Evaluator(config, held_out, partners.generators, partners.rewards, learners=partners.learners)
-        driver = PPODriver(
+        partners = Partners(
+            config, before, placement, ptx_rows=text, device=run.session.device, recoveries=run.recoveries
+        )
+        training = PPOTraining(run, before, partners, source, held_out, progress)
+        return carry(run, training, before, resume)
+
+
+class PPOTraining:
+    """The policy on its way: iterations of the driver, evaluations, and what is recorded and kept of them."""
+
+    name = "ppo"
+
+    def __init__(
+        self,
+        run: Run,
+        before: Handover,
+        partners: Partners,
+        source: PromptSource | MixedPromptSource,
+        held_out: Sequence[Prompt],
+        progress: StageProgress,
+    ) -> None:
+        config = run.config
+        self.run, self.config, self.before, self.partners, self.progress = run, config, before, partners, progress
+        self.learners: LearnerGroup = partners.learners
+        self.source, self.held_out = source, held_out
+        self.shaping = ScoreShaping(config.reward.shaping, max_new_tokens=config.generator.max_new_tokens)
+        self.driver = PPODriver(
             algorithm=config.algorithm,
-            rollouts=rollouts_of(config, source, partners),
-            shaping=ScoreShaping(config.reward.shaping, max_new_tokens=config.generator.max_new_tokens),
+            rollouts=SampledAgain(rollouts_of(config, source, partners), source, run.recoveries),
+            shaping=self.shaping,
             learners=partners.learners,
             sync=partners.sync,
             seed=config.seed,
         )
-        best = BestPolicy(config.evaluation, run.dir / "checkpoints" / "best", partners.learners.export)
-        first = last = None
-        raised: Metrics = {}
-        if starts_at_reference(config):
-            evaluator.compare_with(evaluator.evaluate())  # the generators hold the reference until the first sync
-        started = driver.start() | {"rollout/num_prompts_dropped": float(source.num_dropped)}
-        if held_out:
-            first = last = evaluator.evaluate()
-            started |= first.metrics
-            if not starts_at_reference(config):
-                started |= evaluator.compare_with(first)
-            started |= best.offer(0, started)
-        run.tracker.log("ppo", 0, started)
-        for step in range(1, config.algorithm.num_steps + 1):
-            iteration = driver.iterate()
-            metrics = iteration.metrics | signs(iteration.handles, prefix="monitor") | partners.memory()
-            if held_out and is_due(step, config.evaluation.every, last_step=config.algorithm.num_steps):
-                last = evaluator.evaluate()
-                metrics |= last.metrics | best.offer(step, last.metrics)
-            for line in alarm_lines(metrics, config.monitors, known=raised):
-                run.console.note(f"step {step}: {line}")
-            now = alarms(metrics, config.monitors)
-            raised |= now  # the score's drift is measured at evaluations alone
-            run.tracker.log("ppo", step, metrics | now)
-            if config.tracking.samples_per_step:
-                shown_handles = iteration.handles[: config.tracking.samples_per_step]
-                run.tracker.samples("ppo", step, samples(partners.generators, shown_handles))
-            if is_due(step, config.tracking.export_every):
-                partners.learners.export(run.dir / "checkpoints" / f"step_{step:06d}")
-            progress.advance(**shown(metrics, last))
-        partners.learners.export(run.dir / "export")
-        after = before.with_policy(run.dir / "export" / "policy")
-        if first is None or last is None:
+        self.evaluator = Evaluator(config, held_out, partners.generators, partners.rewards, learners=partners.learners)
+        self.best = BestPolicy(config.evaluation, run.dir / "export" / "best", partners.learners.export)
+        self.first: HeldOut | None = None
+        self.last: HeldOut | None = None
+        self.raised: Metrics = {}
+        self._at_start = self.state()
+
+    @property
+    def step(self) -> int:
+        return self.driver.step
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.config.algorithm.num_steps
+
+    @property
+    def has_best(self) -> bool:
+        return self.best.best_step == self.step > 0
+
+    def begin(self) -> None:
+        self._load(self._at_start)
+        self.partners.wait_started()
+        reference_first = starts_at_reference(self.config)
+        if reference_first:
+            self.partners.put_generators_back()  # they hold the reference until the first sync
+            self.evaluator.compare_with(self.evaluator.evaluate())
+        started = self.driver.start() | {"rollout/num_prompts_dropped": float(self.source.num_dropped)}
+        if self.held_out:
+            result = self.evaluator.evaluate()
+            self.first = self.last = self._held_out(result)
+            started |= result.metrics
+            if not reference_first:
+                started |= self.evaluator.compare_with(result)
+            started |= self.best.offer(0, started)
+        self.run.tracker.log("ppo", 0, started)
+        self.progress.at(0)
+
+    def take_up(self, state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        self.partners.wait_started()
+        if checkpoint.num_ranks:
+            self.learners.restore(checkpoint.learner)
+        self._load(state)
+        self.driver.start()
+        self.progress.at(self.step)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.driver.load_state(state["driver"])
+        self.source.load_state(state["prompts"])
+        self.shaping.load_state(state["shaping"])
+        self.evaluator.load_state(state["evaluator"])
+        self.best.load_state(state["best"])
+        self.raised = dict(state["raised"])
+        self.first, self.last = (
+            None if state[which] is None else HeldOut(**state[which]) for which in ("first", "last")
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "driver": self.driver.state(),
+            "prompts": self.source.state(),
+            "shaping": self.shaping.state(),
+            "evaluator": self.evaluator.state(),
+            "best": self.best.state(),
+            "raised": self.raised,
+            "first": None if self.first is None else asdict(self.first),
+            "last": None if self.last is None else asdict(self.last),
+        }
+
+    def advance(self) -> None:
+        config, run, partners = self.config, self.run, self.partners
+        iteration = self.driver.iterate()
+        step, metrics = iteration.step, iteration.metrics | signs(iteration.handles, prefix="monitor")
+        if self.held_out and is_due(step, config.evaluation.every, last_step=config.algorithm.num_steps):
+            result = self.evaluator.evaluate()
+            self.last = self._held_out(result)
+            metrics |= result.metrics | self.best.offer(step, result.metrics)
+        for line in alarm_lines(metrics, config.monitors, known=self.raised):
+            run.console.note(f"step {step}: {line}")
+        now = alarms(metrics, config.monitors)
+        self.raised |= now  # the score's drift is measured at evaluations alone
+        metrics |= now | partners.memory() | run.saver.metrics() | run.recoveries.metrics()
+        run.tracker.log("ppo", step, metrics)
+        if config.tracking.samples_per_step:
+            shown_handles = iteration.handles[: config.tracking.samples_per_step]
+            run.tracker.samples("ppo", step, samples(partners.generators, shown_handles))
+        if is_due(step, config.tracking.export_every):
+            partners.learners.export(run.dir / "export" / f"step_{step:06d}")
+        self.progress.advance(**shown(metrics, self.last))
+
+    def finish(self) -> Handover:
+        self.learners.export(self.run.dir / "export")
+        after = self.before.with_policy(self.run.dir / "export" / "policy")
+        if self.first is None or self.last is None:
             return after
         return replace(
-            after.with_summary(**before_and_after(first.metrics, last.metrics)),
-            examples=examples(partners.generators, first, last, threshold=config.evaluation.threshold),
+            after.with_summary(**before_and_after(self.first.metrics, self.last.metrics)),
+            examples=examples(self.first.rows, self.last.rows),
         )
+
+    def _held_out(self, result: EvaluationResult) -> HeldOut:
+        """Return the figures of an evaluation with the first responses, one to a prompt, and the verdict on each."""
+        chosen = [number for number, handle in enumerate(result.handles) if handle.info.sample == 0][:NUM_EXAMPLES]
+        rows = samples(self.partners.generators, [result.handles[number] for number in chosen])
+        for number, row in zip(chosen, rows, strict=True):
+            verdict = None if result.verdicts is None else result.verdicts[number]
+            if verdict is not None:
+                row["right"] = verdict >= self.config.evaluation.threshold
+        return HeldOut(dict(result.metrics), rows)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is kept of an evaluation: its figures, and a few responses as rows of samples.jsonl."""
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
 
 
 def rollouts_of(config: Config, prompts: Prompts, partners: Partners) -> Rollouts:
@@ -114,12 +221,7 @@ def rollouts_of(config: Config, prompts: Prompts, partners: Partners) -> Rollout
     return sampled
 
 
-def is_due(step: int, every: int, *, last_step: int | None = None) -> bool:
-    """Return whether `step` is a multiple of `every` (never for 0) or the last one."""
-    return step == last_step or (every > 0 and step % every == 0)
-
-
-def shown(metrics: Metrics, last: EvaluationResult | None) -> Metrics:
+def shown(metrics: Metrics, last: HeldOut | None) -> Metrics:
     """Return the few numbers that the progress bar shows."""
     few = {name: metrics[key] for name, key in SHOWN.items()}
     if last is not None and "eval/accuracy" in last.metrics:
@@ -145,26 +247,18 @@ def samples(generators: Generators, handles: Sequence[ScoredHandle]) -> list[dic
     ]
 
 
-def examples(
-    generators: Generators, first: EvaluationResult, last: EvaluationResult, *, threshold: float
-) -> tuple[dict[str, Any], ...]:
-    """Return the first few held-out prompts with what was answered before and after, for the closing report."""
-    first_rows, last_rows = (
-        {
-            (handle.info.prompt_id, handle.info.sample): (handle, None if verdicts is None else verdicts[index])
-            for index, handle in enumerate(result.handles)
-        }
-        for result, verdicts in ((first, first.verdicts), (last, last.verdicts))
-    )
-    both = [key for key in first_rows if key in last_rows and key[1] == 0][:NUM_EXAMPLES]
+def examples(first: Sequence[Mapping[str, Any]], last: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """Return held-out prompts with what was answered before and after, for the closing report."""
+    by_prompt = {row["prompt_id"]: row for row in last}
     rows = []
-    before = samples(generators, [first_rows[key][0] for key in both])
-    after = samples(generators, [last_rows[key][0] for key in both])
-    for key, old, new in zip(both, before, after, strict=True):
+    for old in first:
+        new = by_prompt.get(old["prompt_id"])
+        if new is None:
+            continue
         row: dict[str, Any] = {"prompt": old["question"]}
-        for when, sample, verdict in (("before", old, first_rows[key][1]), ("after", new, last_rows[key][1])):
+        for when, sample in (("before", old), ("after", new)):
             row |= {when: sample["response"], f"score_{when}": sample["score"]}
-            if verdict is not None:
-                row[f"right_{when}"] = verdict >= threshold
+            if "right" in sample:
+                row[f"right_{when}"] = sample["right"]
         rows.append(row)
     return tuple(rows)

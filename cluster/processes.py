@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.faults import ProcessError, ProcessLostError, RolloutsLostError
 from cluster.placement import Bundle
 from conf.schema import ConfigError
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+CONTROL, WRITER = "control", "writer"  # groups of calls that are answered beside the others, in threads of their own
 
-class ProcessError(RuntimeError):
-    """A process of the run died, failed or did not answer in time; says which and why."""
+
+def in_group(name: str) -> Callable[[Method], Method]:
+    """Let calls of a method be answered in a thread of their own, beside the others."""
+    decorate: Callable[[Method], Method] = ray.method(concurrency_group=name)
+    return decorate
+
+
+class Process:
+    """What every process of a run answers, whatever else it is doing."""
+
+    @in_group(CONTROL)
+    def ping(self) -> int:
+        """Return the number of the process on its node."""
+        return os.getpid()
+
+    @in_group(CONTROL)
+    def peak_resident_mib(self) -> float:
+        """Return the largest resident memory that this process has had, in MiB."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
 
 
 @dataclass(frozen=True)
@@ -28,28 +49,25 @@ class Placement:
     bundles: tuple[Bundle, ...]
     environment: dict[str, str]
 
-    def start(self, process: type, role: str) -> list[Any]:
-        """Return a handle for each bundle of the role, each process starting in its own."""
-        return [
-            ray.remote(process)
-            .options(
-                num_cpus=bundle.cpus,
-                num_gpus=bundle.gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=index),
-                runtime_env={"env_vars": self.environment},
-            )
+    def places(self, role: str) -> list[Bundle]:
+        return [bundle for bundle in self.bundles if bundle.role == role]
+
+    def start(self, process: type[Process], bundle: Bundle) -> Any:
+        """Return the handle of a new process in the place of the bundle."""
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles.index(bundle))
+        return (
+            ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, concurrency_groups={CONTROL: 1, WRITER: 1})(process)
+            .options(scheduling_strategy=strategy, runtime_env={"env_vars": self.environment})
             .remote()
-            for index, bundle in enumerate(self.bundles)
-            if bundle.role == role
-        ]
+        )
 
 
 def collect(refs: Sequence[Any], *, what: str, timeout_s: float) -> list[Any]:
     """Return what the calls returned, in their order, or raise as soon as one of them has failed.
 
     Raises:
-        ProcessError: a call raised (with the traceback of its process), or a process died or did not answer in time;
-            says which by its place among the refs.
+        ProcessError: a call raised (with the traceback of its process), or a process died or did not answer in time
+            (ProcessLostError), or what it needs is gone (RolloutsLostError); says which by its place among the refs.
         ConfigError: a call found fault with a setting.
     """
     deadline = time.monotonic() + timeout_s
@@ -60,21 +78,43 @@ def collect(refs: Sequence[Any], *, what: str, timeout_s: float) -> list[Any]:
         ready, waiting = ray.wait(waiting, num_returns=1, timeout=left, fetch_local=False)
         if not ready:
             late = [places[ref] for ref in waiting]
-            raise ProcessError(f"{what}: no answer from process {late} within {timeout_s:g} s")
+            raise ProcessLostError(f"{what}: no answer from process {late} within {timeout_s:g} s")
         for ref in ready:
-            try:
-                results[ref] = ray.get(ref, timeout=timeout_s)
-            except RayActorError as error:
-                raise ProcessError(f"{what}: process {places[ref]} died: {error}") from error
-            except GetTimeoutError as error:
-                raise ProcessError(f"{what}: no result from process {places[ref]} in {timeout_s:g} s") from error
-            except RayTaskError as error:
-                if isinstance(error.cause, ConfigError):
-                    raise error.cause from None
-                raise ProcessError(f"{what}: process {places[ref]} failed: {error.cause!r}\n{error}") from error
+            results[ref] = answer(ref, who=f"process {places[ref]}", what=what, timeout_s=timeout_s)
     return [results[ref] for ref in refs]
 
 
-def peak_resident_mib() -> float:
-    """Return the largest resident memory that this process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+def answer(ref: Any, *, who: str, what: str, timeout_s: float) -> Any:
+    """Return what a call that is done has returned.
+
+    Raises:
+        ProcessLostError: the process died, or its result does not come.
+        RolloutsLostError: what the call was given, or has given, is gone.
+        ProcessError: the call raised; with the traceback of the process.
+        ConfigError: the call found fault with a setting.
+    """
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except ObjectLostError as error:
+        raise RolloutsLostError(f"{what}: {who} needs what is lost: {error}") from error
+    except GetTimeoutError as error:
+        why = f"it gave no answer in {timeout_s:g} s"
+        raise ProcessLostError(f"{what}: {who} is lost: {why}", why=why) from error
+    except RayTaskError as error:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause from None
+        if isinstance(error.cause, ObjectLostError):
+            raise RolloutsLostError(f"{what}: {who} needs what is lost: {error.cause}") from error
+        if isinstance(error.cause, RayError):  # what the call was given comes from a process that is lost
+            raise ProcessLostError(f"{what}: {who} is lost: {error.cause}", why=str(error.cause)) from error
+        raise ProcessError(f"{what}: {who} failed: {error.cause!r}\n{error}") from error
+    except RayError as error:  # of the many names of a death: by a signal, by Ray for want of memory, with its node
+        why = f"it died: {reason(error)}"
+        raise ProcessLostError(f"{what}: {who} is lost: {why}", why=why) from error
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of Ray's says, without its lines about itself and its list of common causes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("class_name", "actor_id", "pid", "namespace", "ip:"))]
+    return " ".join(telling[:3]).split(" Some common causes")[0] or type(error).__name__

@@ -6,9 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from actors.reward_http import Secret
 from actors.rollout import Rollout
 from cluster.driver import Chunk, Metrics, ScoredHandle, Scoring
-from cluster.processes import Placement, collect, peak_resident_mib
+from cluster.faults import ProcessLostError
+from cluster.members import Members
+from cluster.processes import Placement, Process, answer
+from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig, RewardConfig
 
 
@@ -21,9 +25,10 @@ class RewardSetup:
     verifier: str | None
     device: str
     trust_remote_code: bool
+    token: Secret  # of reward servers
 
 
-class RewardProcess:
+class RewardProcess(Process):
     """The reward sources, and the verifier of the evaluation, in a process of their own."""
 
     def __init__(self) -> None:
@@ -34,7 +39,11 @@ class RewardProcess:
         from actors.reward import FunctionReward, Rewards
 
         self.rewards = Rewards(
-            setup.config, trained=setup.trained, device=setup.device, trust_remote_code=setup.trust_remote_code
+            setup.config,
+            trained=setup.trained,
+            device=setup.device,
+            trust_remote_code=setup.trust_remote_code,
+            token=setup.token,
         )
         if setup.verifier is not None:
             self.verifier = FunctionReward(setup.verifier, key="evaluation.verifier")
@@ -50,40 +59,67 @@ class RewardProcess:
         verdicts: list[float | None] = self.verifier.verify(rollouts)
         return verdicts
 
-    def peak_resident_mib(self) -> float:
-        return peak_resident_mib()
-
 
 class RewardGroup:
-    """The reward actors; chunks go to them in turn, as they come."""
+    """The reward actors; chunks go to them in turn, as they come.
 
-    def __init__(self, placement: Placement, setup: RewardSetup, *, limits: ClusterConfig) -> None:
-        self.processes = placement.start(RewardProcess, "reward")
+    One that is lost is replaced, and what it had not answered is asked again.
+    """
+
+    def __init__(
+        self, placement: Placement, setup: RewardSetup, *, limits: ClusterConfig, recoveries: Recoveries
+    ) -> None:
         self.limits = limits
-        self.starting = [process.start.remote(setup) for process in self.processes]
+        self.members = Members(
+            placement,
+            RewardProcess,
+            "reward",
+            begin=lambda handle: handle.start.remote(setup),
+            limits=limits,
+            recoveries=recoveries,
+        )
 
     def score(self, chunks: Iterable[Chunk]) -> Scoring:
-        taken, refs = [], []
-        for number, chunk in enumerate(chunks):
-            process = self.processes[number % len(self.processes)]
-            taken.append(chunk)
-            refs.append(process.score.remote(chunk.payload))
-        answers = collect(refs, what="scoring", timeout_s=self.limits.call_timeout_s)
+        taken, answers = self._each("score", chunks, what="scoring")
         judged, retries = [of_chunk for of_chunk, _ in answers], [count for _, count in answers]
         return Scoring.of(taken, judged, num_retries=sum(retries))
 
     def verify(self, handles: Sequence[ScoredHandle]) -> list[float | None]:
-        chunks = list({id(handle.chunk): handle.chunk for handle in handles}.values())
-        refs = [
-            self.processes[number % len(self.processes)].verify.remote(chunk.payload)
-            for number, chunk in enumerate(chunks)
-        ]
-        verdicts = collect(refs, what="verifying", timeout_s=self.limits.call_timeout_s)
-        by_chunk = {id(chunk): of_chunk for chunk, of_chunk in zip(chunks, verdicts, strict=True)}
+        chunks = {id(handle.chunk): handle.chunk for handle in handles}
+        taken, verdicts = self._each("verify", chunks.values(), what="verifying")
+        by_chunk = {id(chunk): of_chunk for chunk, of_chunk in zip(taken, verdicts, strict=True)}
         return [by_chunk[id(handle.chunk)][handle.row] for handle in handles]
 
+    def _each(self, method: str, chunks: Iterable[Chunk], *, what: str) -> tuple[list[Chunk], list[Any]]:
+        """Return the chunks and what a reward actor says of each."""
+        taken: list[Chunk] = []
+        calls: dict[Any, tuple[int, int]] = {}  # each: the chunk that it is about, and who is asked
+        for number, chunk in enumerate(chunks):
+            taken.append(chunk)
+            calls |= self._asked(method, taken, number)
+        answers: dict[int, Any] = {}
+        while calls:
+            done, lost = self.members.wait_or_lose(
+                {ref: who for ref, (_, who) in calls.items()}, timeout_s=self.limits.call_timeout_s
+            )
+            for ref in done:
+                number, who = calls[ref]
+                try:
+                    answers[number] = answer(ref, who=f"reward {who}", what=what, timeout_s=self.limits.call_timeout_s)
+                    del calls[ref]
+                except ProcessLostError as error:
+                    lost[who] = error.why
+            if lost:
+                self.members.replace(lost, what=what)
+                again = [ref for ref, (_, who) in calls.items() if who in lost]
+                for number, _ in [calls.pop(ref) for ref in again]:
+                    calls |= self._asked(method, taken, number)
+        return taken, [answers[number] for number in range(len(taken))]
+
+    def _asked(self, method: str, chunks: Sequence[Chunk], number: int) -> dict[Any, tuple[int, int]]:
+        who = number % len(self.members)
+        ref = getattr(self.members.handles[who], method).remote(chunks[number].payload)
+        return {ref: (number, who)}
+
     def memory(self) -> Metrics:
-        sizes = collect(
-            [p.peak_resident_mib.remote() for p in self.processes], what="memory", timeout_s=self.limits.call_timeout_s
-        )
-        return {"memory/reward_peak_mib": max(sizes)}
+        return self.members.memory()

@@ -6,12 +6,14 @@ Each is an object with the driver's `Rollouts` interface; the second and third a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.rollout import Prompt
-from cluster.driver import Chunk, Generators, Metrics, Rewards, Sampling, ScoredHandle, Stopwatch, TrainBatch
+from cluster.driver import Chunk, Generators, Metrics, Rewards, Rollouts, Sampling, ScoredHandle, Stopwatch, TrainBatch
+from cluster.faults import RolloutsLostError
+from cluster.recoveries import Recoveries
 
 
 class NothingToLearnError(RuntimeError):
@@ -22,6 +24,14 @@ class Prompts(Protocol):
     """Where prompts come from."""
 
     def next_batch(self, count: int) -> list[Prompt]: ...
+
+
+class ResumablePrompts(Protocol):
+    """Prompts that can be drawn again."""
+
+    def state(self) -> dict[str, int]: ...
+
+    def load_state(self, state: Mapping[str, int]) -> None: ...
 
 
 class SampledRollouts:
@@ -51,6 +61,23 @@ class SampledRollouts:
             "reward/num_retries": float(scoring.num_retries),
         }
         return TrainBatch(scoring.handles, tuple(prompts), counts)
+
+
+class SampledAgain:
+    """Rollouts that are drawn anew, from the same prompts, if the node that held them is lost on the way."""
+
+    def __init__(self, rollouts: Rollouts, prompts: ResumablePrompts, recoveries: Recoveries) -> None:
+        self.rollouts, self.prompts, self.recoveries = rollouts, prompts, recoveries
+
+    def next_batch(self, watch: Stopwatch) -> TrainBatch:
+        """Return what the rollouts give. Raises ProcessError if they are lost too often."""
+        start = self.prompts.state()
+        while True:
+            try:
+                return self.rollouts.next_batch(watch)
+            except RolloutsLostError as error:
+                self.recoveries.count("rollouts", str(error))
+                self.prompts.load_state(start)
 
 
 class VariedGroups:

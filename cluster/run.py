@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints import Checkpoint
 from cluster.console import Console
+from cluster.recoveries import Recoveries
+from cluster.saving import Saver
 from cluster.session import Session
+from cluster.signals import StopRequest
 from cluster.tracking import Tracker
 from conf.check import starting_model
-from conf.schema import Config, ModelConfig
+from conf.schema import Config, LoraConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class Run:
     session: Session
     tracker: Tracker
     console: Console
+    saver: Saver
+    recoveries: Recoveries
+    stop: StopRequest
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Handover:
     reward_path: str | None = None  # the reward model that the reward stage has made
     critic_start: str | None = None  # the reward model that a critic may start from
     summary: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # that each stage took
     examples: tuple[dict[str, Any], ...] = ()  # held-out prompts with the responses before and after PPO
 
     @staticmethod
@@ -51,6 +60,39 @@ class Handover:
 
     def with_summary(self, **figures: Any) -> Handover:
         return replace(self, summary=self.summary | figures)
+
+    def with_seconds(self, stage: str, seconds: float) -> Handover:
+        return replace(self, seconds=self.seconds | {stage: self.seconds.get(stage, 0.0) + seconds})
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_plain(plain: Mapping[str, Any]) -> Handover:
+        """Return what `to_plain` was called on."""
+        lora = plain["model"]["lora"]
+        lora = LoraConfig(**lora | {"target_modules": tuple(lora["target_modules"])})
+        model = ModelConfig(**plain["model"] | {"lora": lora})
+        return Handover(**{**plain, "model": model, "examples": tuple(plain["examples"])})
+
+
+def moved(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the plain handover of a checkpoint with its paths in the run folder as that is called now."""
+    before, now = checkpoint.state["run_dir"], str(checkpoint.folder.parent.parent.resolve())
+
+    def renamed(value: Any) -> Any:
+        match value:
+            case str() if value == before or value.startswith(before + "/"):
+                return now + value[len(before) :]
+            case dict():
+                return {key: renamed(item) for key, item in value.items()}
+            case list():
+                return [renamed(item) for item in value]
+        return value
+
+    handover: dict[str, Any] = renamed(checkpoint.state["handover"])
+    return handover
 
 
 def context_length(model: ModelConfig) -> int | None:

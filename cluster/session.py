@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from cluster.placement import plan, reserve
 from cluster.processes import Placement
+from cluster.ray_access import check_reachable, own_token, refusal
+from cluster.signals import kept_from_children
 from conf.schema import ClusterConfig, GeneratorConfig
 
 PROJECT = Path(__file__).resolve().parent.parent
-PASSED_ON = ("MANTA_REWARD_TOKEN",)  # what reward actors on other nodes need of this process's environment
 OBJECT_STORE_BYTES = 256 << 20  # of a cluster of its own on a CPU machine: rollouts are small
-
-
-class Stopped(BaseException):  # a request and not an error: no `except Exception` on its way may keep it
-    """The run was asked to stop: Ctrl-C or SIGTERM."""
-
-    def __init__(self, signum: int) -> None:
-        self.signum = signum
-        super().__init__(signal.Signals(signum).name)
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signum
 
 
 @dataclass(frozen=True)
@@ -54,12 +42,15 @@ class Session:
 
 
 def process_environment(cluster: ClusterConfig, device: str) -> dict[str, str]:
-    """Return what every process needs in its environment before it imports anything."""
+    """Return what every process needs in its environment before it imports anything.
+
+    Ray writes it to its logs and shows it on its pages, so nothing secret may be in it.
+    """
     environment = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path()}
     if device == "cpu":
         # Spinning OpenMP threads make every process on a busy machine many times slower.
         environment |= {"OMP_NUM_THREADS": str(cluster.threads), "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
-    return environment | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    return environment
 
 
 def python_path() -> str:
@@ -68,51 +59,56 @@ def python_path() -> str:
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `Stopped`, once; another one while the run is being taken down ends it at once."""
-
-    asked = False
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-        raise Stopped(signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        if not asked:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-@contextmanager
 def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[Session]:
     """Attach to `cluster.address` or RAY_ADDRESS, else start a cluster of its own; end it on leaving.
 
     On a machine with fewer cores than the run has processes, a cluster of its own counts one core for each all the
-    same: the phases of an iteration take turns.
+    same: the phases of an iteration take turns. It answers only those who have its token, unless RAY_AUTH_MODE says
+    otherwise.
+
+    Raises:
+        ConfigError: there is no cluster at the address, or it does not let us in.
     """
     device = chosen_device(cluster)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"address": address}
-    if address is None:
-        processes = plan(cluster, generator, device=device, roles=("generator", "reward", "learner"))
-        options = {
-            "address": "local",
-            "num_cpus": max(os.cpu_count() or 1, len(processes)),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES if device == "cpu" else None,
-        }
+    with _started(cluster, generator, device) if address is None else _joined(address):
+        yield Session(cluster, generator, device)
+
+
+@contextmanager
+def _started(cluster: ClusterConfig, generator: GeneratorConfig, device: str) -> Iterator[None]:
+    processes = plan(cluster, generator, device=device, roles=("generator", "reward", "learner"))
+    with own_token():
+        try:
+            _init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, len(processes)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES if device == "cpu" else None,
+            )
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    check_reachable(address)
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
-        with stop_signals():  # after ray.init, which sets handlers of its own
-            yield Session(cluster, generator, device)
+        try:
+            _init(address=address)
+        except (ConnectionError, AuthenticationError) as error:
+            raise refusal(address, error) from error
+        yield
     finally:
         ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    # When a process is lost, the calls of others fail with it: whoever waits for them says what there is to say.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    with kept_from_children():
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=True, **options)
 
 
 def chosen_device(cluster: ClusterConfig) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
 from actors.rows import read_rows
 from actors.supervised_rows import preference_pairs, supervised_examples
+from cluster.carrying import carry
+from cluster.checkpoints import Checkpoint
+from cluster.console import StageProgress
 from cluster.driver import Metrics, derived_seed
 from cluster.learners import SupervisedGroup
-from cluster.processes import collect
 from cluster.run import Handover, Run, context_length, load_tokenizer
 from conf.check import starting_model
 from conf.schema import ConfigError, ModelConfig, RewardTrainingConfig, SupervisedConfig
@@ -46,7 +48,7 @@ REWARD = SupervisedStage(
 )
 
 
-def run_sft(run: Run, before: Handover) -> Handover:
+def run_sft(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     """Fine-tune the policy on prompts and answers; the result is the policy of the stages that follow."""
     config, model = run.config, before.model
     assert model.tokenizer is not None
@@ -58,11 +60,10 @@ def run_sft(run: Run, before: Handover) -> Handover:
         rows = read_rows(path, split, key=key)
         return list(supervised_examples(rows, tokenizer, config.data, source=(key, path), max_tokens=longest))
 
-    folder, metrics = train(run, SFT, config.sft, model, read)
-    return before.with_policy(folder).with_summary(**{name: metrics[name] for name in metrics if "/eval_" in name})
+    return train(run, SFT, config.sft, model, read, before, resume).with_policy(run.dir / "export" / SFT.name)
 
 
-def run_reward(run: Run, before: Handover) -> Handover:
+def run_reward(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     """Train a reward model on pairs of answers; it scores the rollouts of the ppo stage that follows."""
     config = run.config
     settings = config.reward_training
@@ -84,15 +85,21 @@ def run_reward(run: Run, before: Handover) -> Handover:
             )
         )
 
-    folder, metrics = train(run, REWARD, settings, model, read)
-    after = replace(before, reward_path=str(folder), critic_start=str(folder))
-    return after.with_summary(**{name: metrics[name] for name in metrics if "/eval_" in name})
+    made = str(run.dir / "export" / REWARD.name)
+    after = train(run, REWARD, settings, model, read, before, resume)
+    return replace(after, reward_path=made, critic_start=made)
 
 
 def train(
-    run: Run, stage: SupervisedStage, settings: SupervisedConfig, model: ModelConfig, read: Reader
-) -> tuple[Path, Metrics]:
-    """Train one network and return its checkpoint and the metrics of the last step."""
+    run: Run,
+    stage: SupervisedStage,
+    settings: SupervisedConfig,
+    model: ModelConfig,
+    read: Reader,
+    before: Handover,
+    resume: Checkpoint | None,
+) -> Handover:
+    """Train one network; return `before` with its checkpoint and its figures as the stage hands them on."""
     config, session = run.config, run.session
     assert settings.data_path is not None
     rows = read(settings.data_path, config.data.split, f"{stage.section}.data_path")
@@ -110,22 +117,71 @@ def train(
         center_coef=settings.center_coef if isinstance(settings, RewardTrainingConfig) else 0.0,
         collective_timeout_s=config.cluster.call_timeout_s,
     )
-    folder = run.dir / "checkpoints" / stage.name
     with session.placed("learner") as placement, run.console.stage(stage.name, settings.num_steps) as progress:
-        group = SupervisedGroup(placement, stage.worker, setup, limits=config.cluster)
-        collect(group.starting, what=f"starting the {stage.name} stage", timeout_s=config.cluster.start_timeout_s)
-        batches = endless_batches(rows, settings.batch_size, seed=derived_seed(config.seed, 1))
-        metrics: Metrics = {}
-        for step in range(1, settings.num_steps + 1):
-            metrics = group.train_step(next(batches))
-            if held_out and (step % settings.eval_every == 0 or step == settings.num_steps):
-                metrics |= group.evaluate(held_out)
-            run.tracker.log(stage.name, step, metrics)
-            progress.advance(**{name.split("/")[-1]: metrics[name] for name in stage.shown})
-            if settings.stop_accuracy is not None and metrics.get(stage.judged, 0.0) >= settings.stop_accuracy:
-                break
-        group.export(folder)
-    return folder, metrics
+        learners = SupervisedGroup(placement, stage.worker, setup, limits=config.cluster, recoveries=run.recoveries)
+        training = SupervisedTraining(run, stage, settings, learners, rows, held_out, before, progress)
+        return carry(run, training, before, resume)
+
+
+class SupervisedTraining:
+    """One network on its way through the rows."""
+
+    has_best = False  # held-out figures are recorded, and the last network is the one that is handed on
+
+    def __init__(
+        self,
+        run: Run,
+        stage: SupervisedStage,
+        settings: SupervisedConfig,
+        learners: SupervisedGroup,
+        rows: Sequence[Any],
+        held_out: Sequence[Any],
+        before: Handover,
+        progress: StageProgress,
+    ) -> None:
+        self.run, self.stage, self.settings, self.learners = run, stage, settings, learners
+        self.rows, self.held_out, self.before, self.progress = rows, held_out, before, progress
+        self.name, self.folder = stage.name, run.dir / "export" / stage.name
+        self._go_to(0, {})
+
+    def _go_to(self, step: int, metrics: Metrics) -> None:
+        self.step, self.metrics = step, metrics
+        batches = endless_batches(self.rows, self.settings.batch_size, seed=derived_seed(self.run.config.seed, 1))
+        self.batches = islice(batches, step, None)
+        self.progress.at(step)
+
+    @property
+    def done(self) -> bool:
+        accurate = self.metrics.get(self.stage.judged, 0.0)
+        early = self.settings.stop_accuracy is not None and accurate >= self.settings.stop_accuracy
+        return early or self.step >= self.settings.num_steps
+
+    def begin(self) -> None:
+        self.learners.wait_started()
+        self._go_to(0, {})
+
+    def take_up(self, state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        self.learners.wait_started()
+        if checkpoint.num_ranks:
+            self.learners.restore(checkpoint.learner)
+        self._go_to(checkpoint.step or 0, state["metrics"])
+
+    def state(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def advance(self) -> None:
+        metrics = self.learners.train_step(next(self.batches))
+        self.step += 1
+        last = self.step == self.settings.num_steps
+        if self.held_out and (self.step % self.settings.eval_every == 0 or last):
+            metrics |= self.learners.evaluate(self.held_out)
+        self.metrics = metrics
+        self.run.tracker.log(self.name, self.step, metrics | self.run.saver.metrics() | self.run.recoveries.metrics())
+        self.progress.advance(**{name.split("/")[-1]: metrics[name] for name in self.stage.shown})
+
+    def finish(self) -> Handover:
+        self.learners.export(self.folder)
+        return self.before.with_summary(**{name: value for name, value in self.metrics.items() if "/eval_" in name})
 
 
 def endless_batches(rows: Sequence[Row], size: int, *, seed: int) -> Iterator[list[Row]]:

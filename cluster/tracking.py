@@ -1,13 +1,10 @@
-"""What a run records: metrics to metrics.jsonl and, if asked for, to W&B and TensorBoard; rollouts to samples.jsonl.
+"""What a run records: metrics, checked and sent to every sink that is asked for, and samples of its rollouts.
 
-The formats are defined here and read in cluster/report.py. Both files are strict JSON, one object a line, written out
-line by line, so that a run that is killed keeps what it had. JSON has no NaN and no infinity: they are written as the
-strings "nan", "inf" and "-inf", which `float()` turns back.
+cluster/sinks.py says what the sinks are and what their files hold.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -15,134 +12,15 @@ from collections.abc import Mapping, Sequence, Set
 from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-from conf.schema import ConfigError, TrackingConfig
+from cluster.sinks import METRICS_FILE, SAMPLES_FILE, JsonLines, Sink, TensorBoard, Wandb, to_json
+from conf.schema import TrackingConfig
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
+__all__ = ["METRICS_FILE", "SAMPLES_FILE", "Tracker", "to_json"]
 _KEY = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)+")
 _STAGE = re.compile(r"[a-z0-9_]+")
 _log = logging.getLogger(__name__)
-
-
-def to_json(value: Any) -> Any:
-    """The value in types that strict JSON can hold; numbers that are not finite become "nan", "inf" or "-inf".
-
-    Takes None, strings, numbers of Python and numpy, paths, and mappings and sequences of these; anything else is a
-    TypeError, because a guess at how to write it would be a guess at how to read it.
-    """
-    match value:
-        case None | str() | bool():
-            return value
-        case Integral():
-            return int(value)
-        case Real():
-            number = float(value)
-            return number if math.isfinite(number) else str(number)
-        case Path():
-            return str(value)
-        case Mapping():
-            return {str(key): to_json(item) for key, item in value.items()}
-        case Sequence():
-            return [to_json(item) for item in value]
-    raise TypeError(f"cannot be written as JSON: {value!r} of type {type(value).__name__}")
-
-
-class Sink(Protocol):
-    """One place that the metrics go to."""
-
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self, *, failed: bool) -> None: ...
-
-
-class JsonLines:
-    """metrics.jsonl and samples.jsonl in the run folder."""
-
-    def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        path = run_dir / METRICS_FILE
-        if path.exists() and path.stat().st_size:
-            raise ConfigError(
-                "run.dir", str(run_dir), f"already holds the {METRICS_FILE} of a run; choose a new folder"
-            )
-        # Line buffering hands each line to the operating system, which keeps it when this process is killed.
-        self._metrics = path.open("w", encoding="utf-8", buffering=1)
-        self._samples = (run_dir / SAMPLES_FILE).open("w", encoding="utf-8", buffering=1)
-
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        line = {"stage": stage, "step": step, **metrics}
-        self._metrics.write(json.dumps(to_json(line), allow_nan=False) + "\n")
-
-    def samples(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        for row in rows:
-            assert not row.keys() & {"stage", "step"}, row.keys()
-            line = {"stage": stage, "step": step, **row}
-            self._samples.write(json.dumps(to_json(line), allow_nan=False, ensure_ascii=False) + "\n")
-
-    def close(self, *, failed: bool) -> None:
-        self._metrics.close()
-        self._samples.close()
-
-
-class Wandb:
-    """One W&B run. Keys are `<stage>/<key>`, and each stage has its own horizontal axis, `<stage>/step`.
-
-    W&B wants one step that only grows for a whole run; the stages each count from their own beginning.
-    """
-
-    def __init__(self, run_dir: Path, config: TrackingConfig, name: str, resolved_config: Mapping[str, Any]) -> None:
-        import wandb
-
-        try:
-            self._run = wandb.init(
-                project=config.wandb_project,
-                name=name,
-                dir=str(run_dir),
-                mode="offline" if config.wandb == "offline" else "online",
-                config=dict(resolved_config),
-                settings=wandb.Settings(console="off"),  # its capture of the terminal disturbs the progress bars
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                "tracking.wandb",
-                config.wandb,
-                f"W&B could not start ({str(error).splitlines()[0]}); log in with `wandb login` and see that the "
-                "network reaches its server, or set tracking.wandb=offline and upload later with `wandb sync`",
-            ) from error
-        self._teardown = wandb.teardown
-        self._stages: set[str] = set()
-
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        if stage not in self._stages:
-            self._stages.add(stage)
-            self._run.define_metric(f"{stage}/step", hidden=True)
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        self._run.log({f"{stage}/step": step, **{f"{stage}/{key}": value for key, value in metrics.items()}})
-
-    def close(self, *, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed))
-        self._teardown()  # W&B's service process would otherwise stay until this one ends
-
-
-class TensorBoard:
-    """TensorBoard event files in `<run folder>/tensorboard`, with tags `<stage>/<key>`."""
-
-    def __init__(self, run_dir: Path, resolved_config: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
-        text = json.dumps(to_json(resolved_config), indent=2)
-        self._writer.add_text("config", "\n".join("    " + line for line in text.splitlines()))  # Markdown: as code
-
-    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            self._writer.add_scalar(f"{stage}/{key}", value, step)
-        self._writer.flush()
-
-    def close(self, *, failed: bool) -> None:
-        self._writer.close()
 
 
 class Tracker:
@@ -154,23 +32,58 @@ class Tracker:
         with Tracker(run_dir, config.tracking, name=name, resolved_config=tree) as tracker:
             tracker.log("ppo", step, {"policy/loss": 0.1})
             tracker.samples("ppo", step, [{"prompt": "1+1=", "response": "2", "score": 0.7}])
+
+    A run that goes on from a checkpoint goes on from the position that the tracker had then: `resume_at` in a new
+    process and in the same run folder, `rewind` in the same process. What was recorded after it is taken back.
     """
 
-    def __init__(self, run_dir: Path, config: TrackingConfig, *, name: str, resolved_config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        config: TrackingConfig,
+        *,
+        name: str,
+        resolved_config: Mapping[str, Any],
+        resume_at: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`resume_at`: an earlier `position()`. ConfigError if a file is shorter than it was then, or is gone."""
         self._samples_per_step = config.samples_per_step
+        self._warned: set[tuple[str, str]] = set()
         self._step: dict[str, int] = {}  # by stage: the last step
         self._keys: dict[str, set[str]] = {}  # by stage: the keys that this step already has
-        self._warned: set[tuple[str, str]] = set()
-        self._files = JsonLines(run_dir)
+        self._wandb: Wandb | None = None
+        self._files = JsonLines(run_dir, None if resume_at is None else resume_at["files"])
         self._sinks: list[Sink] = [self._files]
+        steps = None if resume_at is None else resume_at["steps"]
+        self._go_on_from(steps or {})
         try:
             if config.wandb != "off":
-                self._sinks.append(Wandb(run_dir, config, name, resolved_config))
+                run_id = None if resume_at is None else resume_at["wandb"]
+                self._wandb = Wandb(run_dir, config, name, resolved_config, run_id)
+                self._sinks.append(self._wandb)
             if config.tensorboard:
-                self._sinks.append(TensorBoard(run_dir, resolved_config))
+                self._sinks.append(TensorBoard(run_dir, resolved_config, steps))
         except BaseException:
             self.close(failed=True)
             raise
+
+    def position(self) -> dict[str, Any]:
+        """Where the record stands, as JSON; what was recorded until now is on the disk.
+
+        The bytes of each file, the last step of each stage, and the id of the W&B run.
+        """
+        return {
+            "files": self._files.sizes(),
+            "steps": dict(self._step),
+            "wandb": None if self._wandb is None else self._wandb.id,
+        }
+
+    def rewind(self, position: Mapping[str, Any]) -> None:
+        """Take back what was recorded after an earlier `position()`; ConfigError if a file is shorter than that."""
+        self._files.cut(position["files"])
+        for sink in self._sinks:
+            sink.rewind(position["steps"])
+        self._go_on_from(position["steps"])
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Record the figures of one step of one stage, the same numbers in every sink.
@@ -206,6 +119,10 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+    def _go_on_from(self, steps: Mapping[str, int]) -> None:
+        self._step = dict(steps)
+        self._keys = {stage: set() for stage in steps}
 
     def _check(self, stage: str, step: int, keys: Set[str]) -> None:
         if not _STAGE.fullmatch(stage):

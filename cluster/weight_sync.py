@@ -1,21 +1,47 @@
 """Learner weights into every generator: one verified, versioned operation.
 
 The learner gathers a layer group at a time and rank 0 broadcasts it; every generator receives, loads and verifies it
-(actors/weight_receiver.py). Both sides run at once, so neither is waited for alone.
+(actors/weight_receiver.py). Both sides run at once, so neither is waited for alone. A generator that is lost in it, or
+whose update failed, is replaced, and the whole is done again.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 
 from cluster.driver import Metrics
-from cluster.generators import GeneratorGroup
+from cluster.faults import LearnersLostError, ProcessError, ProcessLostError
+from cluster.generators import WRONG_AGAIN, GeneratorGroup
 from cluster.learners import LearnerGroup
-from cluster.processes import ProcessError
+from cluster.members import Members
+from cluster.processes import reason
+
+LOOK_S = 0.2  # how long one side is looked at before the other
+GRACE_S = 10.0  # who waits for another longer than the timeout has this long to say so itself
+_ADVICE = re.compile(r" This is typically caused by .*?GLHF!\s*\S*")  # that gloo gives with each broken connection
+
+
+@dataclass(frozen=True)
+class Failures:
+    """Who could not take part, by number, and why."""
+
+    generators: dict[int, BaseException] = field(default_factory=dict)
+    ranks: dict[int, BaseException] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.generators or self.ranks)
+
+    def __str__(self) -> str:
+        parts = [f"generator {index}: {why}" for index, why in self.generators.items()]
+        parts += [f"learner rank {rank}: {why}" for rank, why in self.ranks.items()]
+        return _ADVICE.sub("", "; ".join(parts))
 
 
 class VerifiedWeightSync:
@@ -30,42 +56,123 @@ class VerifiedWeightSync:
         processes_per_generator: int,
         timeout_s: float,
     ) -> None:
-        """Return when every generator has joined the learner's transport."""
-        self.learners, self.generators, self.timeout_s = learners, generators, timeout_s
-        count = len(generators.processes)
-        infos = learners.open_sync(dtype=dtype, num_receivers=count * processes_per_generator, timeout_s=timeout_s)
-        self._together(
-            generators.join_sync(infos[::processes_per_generator]),
-            learners.connect_sync(),
-            what="joining the weight sync",
-        )
+        self.learners, self.generators = learners, generators
+        self.dtype, self.processes_per_generator, self.timeout_s = dtype, processes_per_generator, timeout_s
+        self.version: int | None = None  # what every generator holds; None: what it started from
+        self.untouched = True  # no generator has been sent anything
+        generators.restore = self.restore
+
+    def connect(self) -> None:
+        """Return when every generator has joined the learner's transport.
+
+        Raises as `push` does.
+        """
+        self._repeated(Failures, what="joining the weight sync")
 
     def push(self, version: int) -> Metrics:
+        """Return when every generator holds the weights under `version`, verified.
+
+        Raises:
+            LearnersLostError: a learner rank is lost.
+            ProcessError: generators had to be replaced too often, or the learner failed by itself.
+        """
         start = time.perf_counter()
-        self._together(
-            self.generators.receive_weights(version),
-            self.learners.send_weights(version),
-            what=f"weight sync of version {version}",
-        )
+        failures = self._sent(version)
+        if failures:
+            self._mend(failures, what=f"weight sync of version {version}")
+            self._repeated(lambda: self._sent(version), what=f"weight sync of version {version}, repeated")
+        self.version = version
         return {"sync/version": float(version), "timing/weight_sync_s": time.perf_counter() - start}
 
-    def _together(self, receiving: Sequence[Any], sending: Sequence[Any], *, what: str) -> None:
-        """Wait for both sides and raise one error that names everyone who failed.
+    def restore(self) -> None:
+        """Bring generators that are new, or have a new learner, to the weights that the others hold."""
+        version = self.version
+        if version is None:
+            self.connect()
+        else:
+            self._repeated(lambda: self._sent(version), what=f"weight sync of version {version}, restored")
 
-        A failure on one side breaks the other's connection, so the first error to arrive is seldom the cause.
+    def _repeated(self, send: Callable[[], Failures], *, what: str) -> None:
+        """Connect and send, until nobody fails in it; whoever does is replaced, as often as is allowed."""
+        while failures := self._joined() or send():
+            self._mend(failures, what=what)
+
+    def _mend(self, failures: Failures, *, what: str) -> None:
+        """Replace the generators that failed; raise where it is the learner, or would be the same again."""
+        text = f"{what} failed: {failures}"
+        if any(isinstance(why, ProcessLostError) for why in failures.ranks.values()):
+            raise LearnersLostError(text)
+        if not failures.generators or any(isinstance(why, WRONG_AGAIN) for why in failures.generators.values()):
+            raise ProcessError(text)
+        self.generators.members.recoveries.count("sync", text)
+        self.generators.members.renew(failures.generators)
+
+    def _joined(self) -> Failures:
+        self.generators.members.renew_dead()  # nobody can join without all
+        count = len(self.generators.members)
+        infos = self.learners.open_sync(
+            dtype=self.dtype, num_receivers=count * self.processes_per_generator, timeout_s=self.timeout_s
+        )
+        return self._together(
+            self.generators.join_sync(infos[:: self.processes_per_generator]), self.learners.connect_sync()
+        )
+
+    def _sent(self, version: int) -> Failures:
+        self.untouched = False
+        return self._together(self.generators.receive_weights(version), self.learners.send_weights(version))
+
+    def _together(self, receiving: Sequence[Any], sending: Sequence[Any]) -> Failures:
+        """Wait for both sides and return everyone who failed.
+
+        A failure on one side breaks the other's connection, so the first error to arrive is seldom the cause. Whoever
+        does not answer is killed, and so is a generator that failed, which has to be replaced: the others are free of
+        it at once, and not only after the transport's own timeout.
         """
-        names = {ref: f"generator {index}" for index, ref in enumerate(receiving)}
-        names |= {ref: f"learner rank {index}" for index, ref in enumerate(sending)}
-        _, late = ray.wait(list(names), num_returns=len(names), timeout=self.timeout_s)
-        failures = [f"{names[ref]} did not answer within {self.timeout_s:g} s" for ref in late]
-        cause: BaseException | None = None
-        for ref, name in names.items():
-            if ref in late:
-                continue
+        receivers = Waiting(self.generators.members, receiving, kill_failed=True)
+        senders = Waiting(self.learners.members, sending, kill_failed=False)
+        start, late = time.monotonic(), f"it has not finished in {self.timeout_s:g} s"
+        while receivers.calls or senders.calls:
+            receivers.look()
+            senders.look()
+            waited = time.monotonic() - start
+            if waited > self.timeout_s + GRACE_S:
+                receivers.give_up(late)  # whereupon the senders hear that the connection is broken
+            if waited > self.timeout_s + 2 * GRACE_S:
+                senders.give_up(late)
+        return Failures(*(dict(sorted(side.failed.items())) for side in (receivers, senders)))
+
+
+class Waiting:
+    """The calls of one side that are still waited for, and who has failed."""
+
+    def __init__(self, members: Members, refs: Sequence[Any], *, kill_failed: bool) -> None:
+        self.members, self.kill_failed = members, kill_failed
+        self.calls = {ref: number for number, ref in enumerate(refs)}
+        self.failed: dict[int, BaseException] = {}
+
+    def look(self) -> None:
+        """Take note of what is done, for a short time."""
+        if not self.calls:
+            return
+        done, lost = self.members.wait(self.calls, timeout_s=LOOK_S)
+        for ref in done:
+            number = self.calls.pop(ref)
             try:
                 ray.get(ref)
-            except Exception as error:  # of any kind: it ends the run below, with everyone else's
-                cause = cause or error
-                failures.append(f"{name}: {getattr(error, 'cause', error)}")
-        if failures:
-            raise ProcessError(f"{what} failed: " + "; ".join(failures)) from cause
+            except RayTaskError as error:  # of any kind: `_mend` judges it with everyone else's
+                self.failed[number] = error.cause or error
+            except RayError as error:
+                self.failed[number] = ProcessLostError(f"it died: {reason(error)}")
+            if self.kill_failed and number in self.failed:
+                self.members.end(number)
+        self._lose(lost)
+
+    def give_up(self, why: str) -> None:
+        """Count everyone who is still waited for as lost."""
+        self._lose(dict.fromkeys(self.calls.values(), why))
+
+    def _lose(self, lost: Mapping[int, str]) -> None:
+        for number, why in lost.items():
+            self.members.end(number)
+            self.failed[number] = ProcessLostError(why)
+        self.calls = {ref: number for ref, number in self.calls.items() if number not in lost}

@@ -12,7 +12,8 @@ from conf.schema import Config, ConfigError
 from conf.schema.rules import without_effect
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "export")
+CHECKPOINTS = "checkpoints"  # in a run folder
+RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", CHECKPOINTS, "export")
 
 
 def check(config: Config) -> None:
@@ -23,8 +24,8 @@ def check(config: Config) -> None:
     _check_algorithm(config)
     _check_evaluation(config)
     _check_paths(config)
-    if config.run.dir is not None:
-        _check_run_dir(Path(config.run.dir))
+    _check_resume(config)
+    _check_run_dir(config)
 
 
 def starting_model(config: Config) -> tuple[str, str]:
@@ -146,6 +147,10 @@ def _check_algorithm(config: Config) -> None:
             raise ConfigError("algorithm.critic_warmup_steps", algorithm.critic_warmup_steps, remedy)
     else:
         without_effect(algorithm, "algorithm", ("value_coef",), "with learner.critic_network=separate")
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(learner, name) == "nvme" and config.checkpoint.every:
+            remedy = "a checkpoint copies what is in memory; set it to cpu, or set checkpoint.every=0 and do without"
+            raise ConfigError(f"learner.{name}", "nvme", remedy)
     if learner.ema_decay is not None and learner.offload_parameters == "nvme":
         remedy = "the average reads weights that are in memory; set learner.offload_parameters=cpu or none"
         raise ConfigError("learner.ema_decay", learner.ema_decay, remedy)
@@ -157,11 +162,12 @@ def _check_algorithm(config: Config) -> None:
         raise ConfigError("reward.shaping.overlong_tokens", shaping.overlong_tokens, remedy)
 
 
-def _check_paths(config: Config) -> None:
-    """Raises ConfigError for a path that is neither there nor, possibly, a name on the hub."""
+def named_paths(config: Config) -> dict[str, str | None]:
+    """Every setting that names a model or data, by its key: a file, a folder, a name on the hub, or None."""
     model, data = config.model, config.data
     named = {
         "model.path": model.path,
+        "model.init_config": model.init_config,
         "model.tokenizer": model.tokenizer,
         "model.reference": model.reference,
         "algorithm.ptx.path": config.algorithm.ptx.path,
@@ -176,19 +182,72 @@ def _check_paths(config: Config) -> None:
         named |= {f"{key}.data_path": supervised.data_path, f"{key}.eval_path": supervised.eval_path}
     if config.learner.critic_init not in ("reward", "policy"):
         named["learner.critic_init"] = config.learner.critic_init
-    for key, path in named.items():
-        is_file = path is not None and Path(path).suffix in (".json", ".jsonl", ".parquet")
-        if path is not None and not Path(path).exists() and (is_file or not is_hub_name(path)):
+    return named
+
+
+def _check_paths(config: Config) -> None:
+    """Raises ConfigError for a path that is neither there nor, possibly, a name on the hub."""
+    init_config = config.model.init_config
+    for key, path in named_paths(config).items():
+        if path is None or key == "model.init_config":
+            continue
+        is_file = Path(path).suffix in (".json", ".jsonl", ".parquet")
+        if not Path(path).exists() and (is_file or not is_hub_name(path)):
             raise ConfigError(key, path, f"there is no such file or folder (looked in {Path.cwd()})")
-    if model.init_config is not None and not (Path(model.init_config) / "config.json").is_file():
+    if init_config is not None and not (Path(init_config) / "config.json").is_file():
         remedy = f"is no folder with a config.json and a tokenizer (looked in {Path.cwd()})"
-        raise ConfigError("model.init_config", model.init_config, remedy)
+        raise ConfigError("model.init_config", init_config, remedy)
 
 
-def _check_run_dir(folder: Path) -> None:
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that `checkpoint`, the path of a checkpoint or of a run folder, belongs to; None: to no run."""
+    if (checkpoint / CHECKPOINTS).is_dir():
+        return checkpoint
+    parent = checkpoint.absolute().parent
+    return parent.parent if parent.name == CHECKPOINTS else None
+
+
+def _check_resume(config: Config) -> None:
+    """Raises ConfigError if resume=PATH names nothing to go on from, or no folder to go on in."""
+    if config.resume in ("never", "auto"):
+        return
+    path = Path(config.resume)
+    if not path.is_dir():
+        remedy = f"there is no such folder (looked in {Path.cwd()}); write never, auto, or the path of a checkpoint"
+        raise ConfigError("resume", config.resume, remedy)
+    owner = run_of(path)
+    if owner is None and not (path / "manifest.json").is_file():
+        remedy = f"is neither a checkpoint (no manifest.json) nor a run folder (no {CHECKPOINTS})"
+        raise ConfigError("resume", config.resume, remedy)
+    if owner is None and config.run.dir is None:
+        raise ConfigError("run.dir", None, f"the checkpoint {path} lies in no run folder; name one to go on in")
+
+
+def _check_run_dir(config: Config) -> None:
+    """Raises ConfigError for a folder that is a file, or holds a run that this one does not resume."""
+    if config.run.dir is None:
+        return
+    folder = Path(config.run.dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError("run.dir", str(folder), "is a file; name a folder")
+    if config.resume == "auto" or (config.resume != "never" and is_same_run(Path(config.resume), folder)):
+        return
     for name in RESULTS:
         if (folder / name).exists():
             remedy = f"holds the {name} of another run, which would be overwritten; name another folder"
+            raise ConfigError("run.dir", str(folder), f"{remedy}, or set resume=auto to go on with that run")
+
+
+def check_nothing_recorded(folder: Path) -> None:
+    """Raises ConfigError if the run folder, in which there is no checkpoint, holds results that would be lost."""
+    for name in RESULTS:
+        path = folder / name
+        if (path.is_file() and path.stat().st_size) or (path.is_dir() and any(path.iterdir())):
+            remedy = f"holds {name}, but no checkpoint to go on from; name another folder, or move it away"
             raise ConfigError("run.dir", str(folder), remedy)
+
+
+def is_same_run(checkpoint: Path, folder: Path) -> bool:
+    """Whether the checkpoint belongs to the run in `folder`."""
+    owner = run_of(checkpoint)
+    return owner is not None and owner.resolve() == folder.resolve()

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.schema import ModelConfig
 from learner import models, zero
 from learner.experience import Batch, Experience, Values
 from learner.models import PolicyOutput
@@ -47,7 +48,7 @@ class Critic:
         """
         return {}
 
-    def export(self, folder: Path, *, dtype: str, tokenizer: str, keep: bool) -> None:
+    def export(self, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:
         """Write what there is of the critic to `folder`, on the rank that keeps it."""
 
 
@@ -76,9 +77,9 @@ class SeparateCritic(Critic):
                 sums[name] += float(value)
         return sums
 
-    def export(self, folder: Path, *, dtype: str, tokenizer: str, keep: bool) -> None:
+    def export(self, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:
         """Write `critic`, a Hugging Face checkpoint with one label."""
-        models.export(self.engine.module.model, folder / "critic", dtype=dtype, tokenizer=tokenizer, keep=keep)
+        models.export(self.engine.module.model, folder / "critic", dtype=dtype, settings=settings, keep=keep)
 
 
 class SharedCritic(Critic):
@@ -97,7 +98,7 @@ class SharedCritic(Critic):
         terms = value_loss(policy_output.values, item, self.value_clip_eps)
         return LossTerms(self.value_coef * terms.loss_sum / tokens, terms.stats)
 
-    def export(self, folder: Path, *, dtype: str, tokenizer: str, keep: bool) -> None:
+    def export(self, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:
         """Write `policy/value_head.safetensors`, with `weight` [1, H] and `bias` [1] in float32."""
         from safetensors.torch import save_file
 

@@ -6,7 +6,7 @@ also sees steps too small for bfloat16. It knows nothing of what it is used for:
     average = PolicyEMA(engine.module.model, decay=0.999)   after the engine is made
     engine.step(); average.update()                         no communication
     with average.swapped_in(): zero.full_state(...)         the model is the averaged one; exports, evaluation, a sync
-    average.state_dict(), average.load_state_dict(state)    this rank's shards, for a checkpoint of as many ranks
+    average.shards()                                        this rank's part of it, for a checkpoint
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from learner import zero
+from learner.shards import Shard, shard_of
 
 
 class PolicyEMA:
@@ -71,16 +72,9 @@ class PolicyEMA:
         for name, parameter in self._parameters.items():
             parameter.ds_tensor.copy_(shards[name])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return this rank's shards of the average by parameter name; the next update changes them."""
-        return dict(self._averages)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from the shards that the same rank of as many had."""
-        assert state.keys() == self._averages.keys(), "an average of other parameters"
-        for name, shard in state.items():
-            assert shard.shape == self._averages[name].shape, f"{name}: a shard of another number of ranks"
-            self._averages[name].copy_(shard)
+    def shards(self) -> dict[str, Shard]:
+        """Return this rank's part of the average by parameter name, to read and to write; updates change it."""
+        return {name: shard_of(self._parameters[name], average) for name, average in self._averages.items()}
 
 
 def _master(parameter: Any) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conf.schema import ConfigError
+from conf.schema import ConfigError, ModelConfig
 from learner import zero
 from learner.distribution import SampledFrom, token_entropy, token_logprobs
 from learner.experience import Batch
@@ -141,6 +141,7 @@ def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bo
         dtype=torch.float32,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,
     )
 
 
@@ -160,6 +161,7 @@ def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code:
         dtype=torch.float32,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,
     )
 
 
@@ -186,19 +188,21 @@ def initial_causal_lm(folder: str, *, seed: int, attn_implementation: str) -> An
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
-def export(model: Any, folder: Path, *, dtype: str, tokenizer: str, keep: bool) -> None:
+def export(model: Any, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:
     """Write a partitioned Hugging Face model as a checkpoint to `folder`, adapters merged, on the rank that keeps it.
 
-    A collective.
+    A collective. `settings` name the tokenizer that goes with it.
     """
     state = zero.full_state(model, dtype=dtype, keep=keep)
     if keep:
-        save_pretrained(model, state, folder, tokenizer=tokenizer)
+        save_pretrained(model, state, folder, settings=settings)
 
 
-def save_pretrained(model: Any, state: dict[str, Tensor], folder: Path, *, tokenizer: str) -> None:
+def save_pretrained(model: Any, state: dict[str, Tensor], folder: Path, *, settings: ModelConfig) -> None:
     """Write a Hugging Face checkpoint (safetensors, config, tokenizer) of the gathered `state` to `folder`."""
     from transformers import AutoTokenizer
 
     model.save_pretrained(folder, state_dict=state)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    assert settings.tokenizer is not None
+    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
+    tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner import lora, models, zero
+from learner import checkpoint, lora, models, zero
 from learner.collective import evened, summed_stats
 from learner.experience import micro_batches
 
@@ -142,12 +142,22 @@ class SupervisedWorker:
             f"{self.metric_prefix}/eval_{name}": value for name, value in self.describe(summed_stats(total)).items()
         }
 
+    def snapshot(self) -> checkpoint.Snapshot:
+        """Return copies of all that this rank's later steps depend on; to be called between steps."""
+        return checkpoint.take(self.ranks, {"network": self.engine}, average=None, counters={})
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what as many ranks, or another number, have written to `folder`. A collective.
+
+        Raises:
+            ConfigError: a file cannot be read, or is of another model.
+        """
+        checkpoint.put_back(folder, self.ranks, {"network": self.engine}, average=None)
+
     def export(self, folder: Path) -> None:
         """Write the network as a Hugging Face checkpoint. A collective."""
-        tokenizer = self.setup.model.tokenizer
-        assert tokenizer is not None
         dtype, keep = self.setup.learner.dtype, self.ranks.rank == 0
-        models.export(self.engine.module.model, folder, dtype=dtype, tokenizer=tokenizer, keep=keep)
+        models.export(self.engine.module.model, folder, dtype=dtype, settings=self.setup.model, keep=keep)
 
     def _adapted(self, model: Any, task: str) -> Any:
         if self.setup.lora.rank is None:

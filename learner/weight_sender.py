@@ -47,7 +47,11 @@ class WeightSender:
     def connect(self) -> None:
         """Returns once every receiver has joined. Raises RuntimeError when one has not within the timeout."""
         assert self._transport is None, "connected already"
-        self._transport = GlooTransport(self._store, rank=0, world_size=self._world_size, timeout=self._timeout)
+        try:
+            self._transport = GlooTransport(self._store, rank=0, world_size=self._world_size, timeout=self._timeout)
+        except RuntimeError as error:
+            who = f"{self._world_size - 1} receivers did not all join the weight sync within {self._timeout:g} s"
+            raise RuntimeError(f"{who}: {error}") from error
 
     def send(self, groups: Iterable[Sequence[tuple[str, Tensor]]], *, version: int) -> None:
         """Broadcast `groups`, which must follow the manifest in names, dtypes and shapes, then checksums and version.

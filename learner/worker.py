@@ -15,7 +15,7 @@ import torch
 
 from actors.rollout import ScoredRollout
 from actors.weights import Manifest
-from learner import lora, models, zero
+from learner import checkpoint, lora, models, zero
 from learner.collective import evened
 from learner.describe import describe
 from learner.divergence import mean_kl
@@ -118,13 +118,40 @@ class LearnerWorker:
             self.sender.connect()
 
     def send_weights(self, version: int) -> None:
-        """Send the policy's weights, merged, to every receiver. A collective: all ranks gather, rank 0 sends."""
+        """Send the policy's weights, merged, to every receiver. A collective: all ranks gather, rank 0 sends.
+
+        Raises:
+            RuntimeError: on rank 0 alone: a receiver is lost or late. The ranks are together all the same.
+        """
         assert self.manifest is not None, "open_sync comes first"
         groups = zero.gathered_groups(self.policy.module.model, self.manifest)
-        if self.sender is not None:
-            self.sender.send(groups, version=version)
-        for _ in groups:
-            pass
+        try:
+            if self.sender is not None:
+                self.sender.send(groups, version=version)
+        finally:
+            for _ in groups:  # the other ranks are in the middle of it, whatever has become of the sending
+                pass
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> checkpoint.Snapshot:
+        """Return copies of all that this rank's later updates depend on; to be called between updates."""
+        counters = {"nonfinite_in_a_row": self.training.nonfinite_in_a_row}
+        return checkpoint.take(self.ranks, self._engines, average=self.networks.average, counters=counters)
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what as many ranks, or another number, have written to `folder`. A collective.
+
+        Raises:
+            ConfigError: a file cannot be read, or is of another model.
+        """
+        counters = checkpoint.put_back(folder, self.ranks, self._engines, average=self.networks.average)
+        self.training.nonfinite_in_a_row = counters["nonfinite_in_a_row"]
+
+    @property
+    def _engines(self) -> dict[str, Any]:
+        critic = self.networks.critic.engine
+        return {"policy": self.policy} if critic is None else {"policy": self.policy, "critic": critic}
 
     def export(self, folder: Path) -> None:
         """Write what was trained to `folder`, as Hugging Face checkpoints. A collective.
@@ -133,12 +160,11 @@ class LearnerWorker:
         `critic`, or `policy/value_head.safetensors`.
         """
         model, average = self.policy.module.model, self.networks.average
-        tokenizer, dtype, keep = self.setup.model.tokenizer, self.setup.learner.dtype, self.ranks.rank == 0
-        assert tokenizer is not None
-        models.export(model, folder / "policy", dtype=dtype, tokenizer=tokenizer, keep=keep)
+        settings, dtype, keep = self.setup.model, self.setup.learner.dtype, self.ranks.rank == 0
+        models.export(model, folder / "policy", dtype=dtype, settings=settings, keep=keep)
         if average is not None:
             with average.swapped_in():
-                models.export(model, folder / "policy_ema", dtype=dtype, tokenizer=tokenizer, keep=keep)
+                models.export(model, folder / "policy_ema", dtype=dtype, settings=settings, keep=keep)
         if lora.is_adapted(model):
             lora.save_adapter(model, folder / "adapter", keep=keep)
-        self.networks.critic.export(folder, dtype=dtype, tokenizer=tokenizer, keep=keep)
+        self.networks.critic.export(folder, dtype=dtype, settings=settings, keep=keep)

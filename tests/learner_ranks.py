@@ -13,6 +13,19 @@ from typing import Any
 from learner.zero import Ranks
 
 
+# Ranks are forked from a process that has imported these once, which takes many times as long as most tests.
+IMPORTED = (
+    "torch",
+    "deepspeed",
+    "peft",
+    "learner.worker",
+    "learner.sft",
+    "learner.reward_training",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -37,7 +50,8 @@ def _run(function: Callable[..., Any], ranks: Ranks, args: tuple[Any, ...]) -> A
 def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
     """Return what function(ranks, *args) returned on each of `world_size` new processes, in rank order."""
     port = free_port()
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
     with ProcessPoolExecutor(world_size, mp_context=context, initializer=quiet_process) as pool:
         futures = [
             pool.submit(_run, function, Ranks(rank, world_size, "127.0.0.1", port), args) for rank in range(world_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,12 @@ class NumberedPrompts:
         self.drawn += count
         return [prompt(number) for number in range(self.drawn - count, self.drawn)]
 
+    def state(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.drawn = state["drawn"]
+
 
 @dataclass
 class StandIns:
@@ -94,6 +100,10 @@ class StandIns:
     def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
         self.asked.append("read")
         return [rollouts_of(handle.chunk)[handle.row] for handle in handles]
+
+    def hold(self, rollouts: Sequence[Rollout]) -> Chunk:
+        self.asked.append("hold")
+        return Chunk(tuple(map(RolloutInfo.of, rollouts)), (list(rollouts), 1.0))
 
     # --- rewards
 

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf import load
-from conf.check import check, is_hub_name, starting_model
+from conf.check import check, check_nothing_recorded, is_hub_name, starting_model
 from conf.load import group_options, load_config, to_yaml, typed_config
 from conf.schema import Config, ConfigError, OptimizerConfig, RewardSourceConfig
 
@@ -320,6 +320,7 @@ REWARD = ["stages=[reward,ppo]", "model.path=.", "data.path=.", "reward_training
 EVAL = ["stages=[eval]", "model.path=.", "data.eval_path=.", "reward.sources=[{path: .}]"]
 FUNCTION = ["model.path=.", "data.path=.", "reward.sources=[{type: function, function: a:b}]"]
 SHARED = [*PPO, "learner.critic_network=shared"]
+NVME = ["learner.offload_parameters=nvme", "learner.nvme_path=."]
 
 
 @pytest.mark.parametrize(
@@ -346,9 +347,10 @@ SHARED = [*PPO, "learner.critic_network=shared"]
         ([*PPO, "evaluation.verifier=a:b"], "evaluation.verifier='a:b': has no held-out prompts to judge"),
         ([*PPO, "evaluation.best_metric=eval/kl"], "evaluation.best_metric='eval/kl': has no held-out prompts"),
         (
-            [*PPO, "learner.ema_decay=0.9", "learner.offload_parameters=nvme", "learner.nvme_path=."],
+            [*PPO, *NVME, "learner.ema_decay=0.9", "checkpoint.every=0"],
             "learner.ema_decay=0.9: the average reads weights that are in memory",
         ),
+        ([*PPO, *NVME], "learner.offload_parameters='nvme': a checkpoint copies what is in memory"),
         ([*EVAL, "data.eval_path=null"], "data.eval_path=None: the eval stage needs held-out prompts"),
         # --- scores
         (["model.path=.", "data.path=."], "reward.sources=[]: rollouts need a score; name a source"),
@@ -446,6 +448,52 @@ def test_results_of_another_run_are_never_overwritten(tmp_path: Path, name: str)
     check(config_of(*PPO, f"run.dir={tmp_path}"))
     (tmp_path / name).touch()
     assert f"holds the {name} of another run" in unusable(*PPO, f"run.dir={tmp_path}")
+
+    assert "or set resume=auto to go on with that run" in unusable(*PPO, f"run.dir={tmp_path}")
+    check(config_of(*PPO, f"run.dir={tmp_path}", "resume=auto"))
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run with one checkpoint, as far as can be seen without opening it."""
+    (tmp_path / "run" / "checkpoints" / "ppo-000010").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "ppo-000010" / "manifest.json").touch()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    return tmp_path / "run"
+
+
+def test_a_path_to_go_on_from_is_a_checkpoint_or_a_run_folder(run_folder: Path) -> None:
+    checkpoint = run_folder / "checkpoints" / "ppo-000010"
+    for path in (run_folder, checkpoint):
+        check(config_of(*PPO, f"resume={path}"))
+    message = "there is no such folder"
+    assert f"resume='{run_folder}/x': {message}" in unusable(*PPO, f"resume={run_folder}/x")
+    assert f"resume='{run_folder}/metrics.jsonl': {message}" in unusable(*PPO, f"resume={run_folder}/metrics.jsonl")
+    (run_folder / "export").mkdir()
+    answer = unusable(*PPO, f"resume={run_folder}/export")
+    assert "is neither a checkpoint (no manifest.json) nor a run folder (no checkpoints)" in answer
+
+
+def test_a_run_goes_on_in_its_own_folder_or_in_a_new_one(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_folder.parent)
+    paths = ["model.path=run", "data.path=run", "reward.sources=[{path: run}]"]
+    for path in ("run", "run/checkpoints/ppo-000010", f"{run_folder}/checkpoints/ppo-000010/"):
+        check(config_of(*paths, f"resume={path}", "run.dir=run"))
+        check(config_of(*paths, f"resume={path}", "run.dir=new"))
+    (run_folder.parent / "other" / "export").mkdir(parents=True)
+    assert "holds the export of another run" in unusable(*paths, "resume=run", "run.dir=other")
+    (run_folder / "checkpoints" / "ppo-000010").rename("a copy")
+    check(config_of(*paths, "resume=a copy", "run.dir=new"))
+    assert "run.dir=None: the checkpoint a copy lies in no run folder" in unusable(*paths, "resume=a copy")
+
+
+def test_a_run_without_a_checkpoint_is_begun_anew_only_where_nothing_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    check_nothing_recorded(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds metrics\.jsonl, but no checkpoint to go on from"):
+        check_nothing_recorded(tmp_path)
 
 
 def test_names_that_can_be_on_the_hub() -> None:

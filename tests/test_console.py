@@ -107,7 +107,7 @@ def test_a_terminal_of_80_columns_gets_a_bar_on_one_line(monkeypatch: pytest.Mon
 
 def test_the_report_shows_before_and_after_answers_and_paths(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
-    (tmp_path / "checkpoints" / "best").mkdir(parents=True)
+    (tmp_path / "export" / "best").mkdir(parents=True)
     for name in ("curves.png", "frontier.png"):
         (tmp_path / name).touch()
     examples: list[dict[str, Any]] = [
@@ -140,7 +140,7 @@ def test_the_report_shows_before_and_after_answers_and_paths(tmp_path: Path) -> 
     assert lines[at + 4].split() == ["before", "(nothing)"]
     assert lines[at + 5].split() == ["after", r"\x1b[31mred"]
     assert f"  policy and critic {tmp_path / 'export'}" in lines
-    assert f"  best policy       {tmp_path / 'checkpoints' / 'best'}" in lines
+    assert f"  best policy       {tmp_path / 'export' / 'best'}" in lines
     assert f"  curves            {tmp_path / 'curves.png'}" in lines
     assert f"  score against KL  {tmp_path / 'frontier.png'}" in lines
     assert not any("samples.jsonl" in line for line in lines), "there is no such file"

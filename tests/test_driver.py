@@ -13,10 +13,23 @@ import numpy as np
 import pytest
 
 from actors.reward import Judged
-from cluster.driver import Chunk, PPODriver, RolloutInfo, Rollouts, Sampling, Scoring, derived_seed, describe
+from cluster.driver import (
+    Chunk,
+    PPODriver,
+    RolloutInfo,
+    Rollouts,
+    Sampling,
+    Scoring,
+    Stopwatch,
+    TrainBatch,
+    derived_seed,
+    describe,
+)
+from cluster.faults import ProcessError, RolloutsLostError
 from cluster.learners import addressed, scored_rollouts
 from cluster.ppo_stage import samples
-from cluster.rollouts import SampledRollouts, WithGreedyBaselines
+from cluster.recoveries import Recoveries
+from cluster.rollouts import SampledAgain, SampledRollouts, WithGreedyBaselines
 from cluster.shaping import ScoreShaping
 from conf.schema import AlgorithmConfig, ShapingConfig
 from tests.stand_ins import NumberedPrompts, StandIns, prompt, rollout, rollouts_of, scored_handle
@@ -267,3 +280,52 @@ def test_the_driver_never_reads_a_rollout() -> None:
     handles = make_driver(partners).iterate().handles
     assert "read" not in partners.asked
     assert rollouts_of(handles[0].chunk)[handles[0].row].key == (0, 0)
+
+
+# Going on from a state ------------------------------------------------------------------------------------------------
+
+
+def test_a_driver_that_takes_up_a_state_goes_on_as_the_first_would_have() -> None:
+    partners = StandIns(kl=12.0)
+    first = make_driver(partners, kl_target=6.0)
+    first.start()
+    first.iterate()
+    state, drawn = first.state(), 4
+    first.iterate()
+    others = StandIns(kl=12.0)
+    second = make_driver(others, kl_target=6.0)
+    second.rollouts.prompts.drawn = drawn  # type: ignore[attr-defined]
+    second.load_state(state)
+    second.start()
+    second.iterate()
+    assert others.asked[0] == "push 1"
+    assert (others.steps, others.seeds, others.kl_coefs) == (
+        partners.steps[1:],
+        partners.seeds[1:],
+        partners.kl_coefs[1:],
+    )
+    assert second.state() == first.state()
+
+
+def test_rollouts_that_are_lost_are_sampled_again_from_the_same_prompts() -> None:
+    class Losing(SampledRollouts):
+        losses = 1
+
+        def next_batch(self, watch: Stopwatch) -> TrainBatch:
+            batch = super().next_batch(watch)
+            if self.losses:
+                self.losses -= 1
+                raise RolloutsLostError("gone with their node")
+            return batch
+
+    partners, prompts = StandIns(), NumberedPrompts()
+    sampled = Losing(prompts, partners, partners, sampling=SAMPLING, prompts_per_step=4)
+    recoveries = Recoveries(limit=1, note=lambda text: None)
+    again = SampledAgain(sampled, prompts, recoveries)
+    assert [of.id for of in again.next_batch(Stopwatch()).prompts] == [0, 1, 2, 3]
+    assert [of.id for of in again.next_batch(Stopwatch()).prompts] == [4, 5, 6, 7]
+    assert partners.sampled == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert recoveries.metrics()["recoveries/rollouts"] == 1
+    sampled.losses = 2
+    with pytest.raises(ProcessError, match="gone with their node"):
+        again.next_batch(Stopwatch())

@@ -4,17 +4,19 @@ imports.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.driver import ScoredHandle
-from cluster.evaluation import Evaluator, by_prompt, signs
+from cluster.evaluation import Evaluator, by_prompt, response_from_plain, response_to_plain, signs
 from cluster.rollouts import NothingToLearnError
 from conf.schema import Config, EvaluationConfig, GeneratorConfig
-from tests.stand_ins import Script, StandIns, prompt, scored_handle
+from tests.stand_ins import Script, StandIns, prompt, rollout, scored_handle
 
 
 def make(
@@ -202,12 +204,43 @@ def test_the_drift_of_the_reward_is_seen_in_responses_that_it_has_scored_before(
     first = evaluator.evaluate()
     assert "monitor/score_drift" not in first.metrics
     evaluator.compare_with(first)
-    assert {handle.chunk for handle in evaluator.fixed} == {first.handles[0].chunk}, "the others are let go"
+    (chunk,) = {handle.chunk for handle in evaluator.fixed}
+    assert chunk.infos == first.handles[0].chunk.infos, "the other chunks are let go"
     before = len(partners.asked)
     assert evaluator.evaluate().metrics["monitor/score_drift"] == 0.0
     assert partners.asked[before:].count("score") == 2 + 1, "two new chunks and the one that is remembered"
     reward.scores = {(0, 0): 0.75, (1, 0): 0.125, (3, 0): -9.0}
     assert evaluator.evaluate().metrics["monitor/score_drift"] == 0.25
+
+
+def test_what_is_compared_with_goes_through_a_checkpoint() -> None:
+    evaluator, _ = make(own_number, samples_per_prompt=2)
+    evaluator.compare_with(evaluator.evaluate())
+    saved = json.loads(json.dumps(evaluator.state()))
+    again, _ = make(lambda number, sample, temperature: float(number) + 0.25, samples_per_prompt=2)
+    again.load_state(saved)
+    assert again.reference_scores == evaluator.reference_scores
+    assert [(h.info, h.row, h.score, h.parts) for h in again.fixed] == [
+        (h.info, h.row, h.score, h.parts) for h in evaluator.fixed
+    ]
+    result = again.evaluate()
+    assert result.metrics["monitor/score_drift"] == 0.25
+    assert result.metrics["eval/win_rate"] > 0.5
+
+
+def test_a_response_goes_through_json_bit_for_bit() -> None:
+    before = replace(
+        rollout(prompt(4), 1, length=3),
+        rollout_logprobs=np.array([-0.1, -1e-30, -3.3333333], np.float32),
+        response_mask=np.array([True, False, True]),
+        policy_versions=np.array([2, 2, 3], np.int32),
+    )
+    plain = json.loads(json.dumps(response_to_plain(before)))
+    after = response_from_plain(plain, {4: prompt(4)})
+    for name in ("response_ids", "rollout_logprobs", "response_mask", "policy_versions"):
+        old, new = getattr(before, name), getattr(after, name)
+        assert (new.dtype, new.tobytes()) == (old.dtype, old.tobytes()), name
+    assert (after.key, after.finish_reason, after.text) == (before.key, before.finish_reason, before.text)
 
 
 def test_the_drift_compares_what_has_a_score_both_times() -> None:

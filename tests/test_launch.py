@@ -18,6 +18,9 @@ from omegaconf import OmegaConf
 
 import launch
 from actors.preflight import preflight
+from cluster.checkpoints import Checkpoints
+from cluster.identity import identity_of
+from cluster.run_lock import run_lock
 from conf.load import load_config
 from conf.schema import Config, ConfigError
 from tests.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, tiny_config, tiny_tokenizer
@@ -173,6 +176,76 @@ def test_the_folder_of_another_run_is_refused(folder: Path, tmp_path: Path) -> N
     done = command(*job(folder, f"run.dir={tmp_path}"))
     assert done.returncode == 2
     assert f"run.dir='{tmp_path}': holds the metrics.jsonl of another run" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_a_settings_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(job(folder, "run.dir=/proc/run")) == 2
+    assert "launch.py: run.dir='/proc/run': cannot be made (" in capsys.readouterr().err
+
+
+# Going on -------------------------------------------------------------------------------------------------------------
+
+
+def checkpoints_of(run_dir: Path, arguments: list[str]) -> Checkpoints:
+    return Checkpoints(run_dir / "checkpoints", keep=2, identity=identity_of(load_config(arguments)))
+
+
+def test_what_cannot_be_put_right_is_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    draft = tmp_path / "checkpoints" / ".ppo-000010.writing"
+    draft.touch()
+    assert launch.main(job(folder, f"run.dir={tmp_path}", "resume=auto")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"launch.py: the checkpoint {draft} could not be removed: Not a directory")
+
+
+def test_a_checkpoint_of_other_settings_is_one_message(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = job(folder, f"run.dir={tmp_path}", "resume=auto")
+    checkpoints_of(tmp_path, arguments).begin("ppo", None).publish({}, shards=[])
+    assert launch.main([*arguments, "algorithm.kl_coef=0.25"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"launch.py: resume='auto': {tmp_path}/checkpoints/ppo-start is of another run: ")
+    assert "algorithm.kl_coef is 0.25, was 0.05 in the checkpoint. Set it as it was" in error
+
+
+def test_a_folder_that_another_run_works_in_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for resume in ("auto", "never"):
+        with run_lock(tmp_path):
+            assert launch.main(job(folder, f"run.dir={tmp_path}", f"resume={resume}")) == 2
+        assert f"process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_results_without_a_checkpoint_are_not_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    assert launch.main(job(folder, f"run.dir={tmp_path}", "resume=auto")) == 2
+    assert f"run.dir='{tmp_path}': holds metrics.jsonl, but no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("new_folder", [False, True])
+def test_a_path_goes_on_from_there(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], new_folder: bool
+) -> None:
+    """In its own folder without what came after it; in a new one, with nothing taken from the old."""
+    old = tmp_path / "old"
+    of_old = checkpoints_of(old, job(folder))
+    for step in (10, 20):
+        of_old.begin("ppo", step).publish({"step": step}, shards=[])
+    arguments = job(folder, f"resume={old}/checkpoints/ppo-000010")
+    config = load_config([*arguments, f"run.dir={tmp_path}/new"] if new_folder else arguments)
+    run_dir = launch.make_run_dir(config)
+    assert run_dir == (tmp_path / "new" if new_folder else old)
+    found = launch._found(config, checkpoints_of(run_dir, arguments))
+    assert found is not None
+    assert found.state == {"step": 10}
+    kept = ["ppo-000010", "ppo-000020"] if new_folder else ["ppo-000010"]
+    assert sorted(path.name for path in (old / "checkpoints").iterdir()) == kept
+    assert capsys.readouterr().err == ("" if new_folder else "launch.py: removed what is newer: ppo-000020\n")
 
 
 # Before anything starts -----------------------------------------------------------------------------------------------

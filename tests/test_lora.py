@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from actors.weights import manifest_of
-from conf.schema import ConfigError, LearnerConfig, LoraConfig, OptimizerConfig
+from conf.schema import ConfigError, LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner import lora, models
 from learner.zero import Ranks
 from tests.learner_ranks import on_ranks
@@ -146,7 +146,7 @@ def train(ranks: Ranks, case: Case, folder: Path, out: Path) -> dict[str, Any]:
     state = zero.full_state(model, dtype="float32", keep=ranks.rank == 0)
     lora.save_adapter(model, out / "adapter", keep=ranks.rank == 0)
     if ranks.rank == 0:
-        models.save_pretrained(model, state, out / "merged", tokenizer=str(folder))
+        models.save_pretrained(model, state, out / "merged", settings=ModelConfig(tokenizer=str(folder)))
     return {
         "same_manifest": zero.manifest(model, "float32") == manifest,
         "changed": {name for name in raw if not np.array_equal(raw[name], trained[name])},

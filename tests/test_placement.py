@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.placement import Bundle, plan, reserve
-from cluster.processes import Placement, ProcessError, collect
+from cluster.faults import ProcessError
+from cluster.placement import Bundle, plan, reserve, without_place
+from cluster.processes import Placement, Process, collect
 from cluster.session import process_environment
 from conf.schema import ClusterConfig, ConfigError, GeneratorConfig
 
@@ -34,7 +35,29 @@ def test_on_gpus_a_generator_takes_as_many_as_its_tensor_parallel_size() -> None
     assert [b.role for b in plan(cluster, GeneratorConfig(), device="cuda", roles=("learner",))] == ["learner"] * 3
 
 
-class Worker:
+def bundles(*shapes: tuple[str, int]) -> list[Bundle]:
+    return [Bundle(role, index, cpus=1, gpus=gpus) for index, (role, gpus) in enumerate(shapes)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "nodes", "odd"),
+    [
+        ([("generator", 2), ("learner", 1)], [{"CPU": 8.0, "GPU": 3.0}], None),
+        ([("generator", 2), ("learner", 1)], [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}], None),
+        # as many GPUs in all as are asked for, but never two on one node
+        ([("learner", 1), ("generator", 2)], [{"CPU": 8.0, "GPU": 1.0}] * 3, "generator"),
+        ([("learner", 1)] * 2, [{"CPU": 1.0, "GPU": 4.0}], "learner"),  # enough GPUs and too few cores
+        ([("reward", 0)], [], "reward"),
+    ],
+)
+def test_whatever_has_no_room_on_any_node_is_found(
+    shapes: list[tuple[str, int]], nodes: list[dict[str, float]], odd: str | None
+) -> None:
+    found = without_place(bundles(*shapes), nodes)
+    assert (found and found.role) == odd
+
+
+class Worker(Process):
     def answer(self, value: int) -> int:
         return value
 
@@ -66,14 +89,18 @@ def cluster() -> Iterator[None]:
 def workers(cluster: None) -> Iterator[list[object]]:
     bundles = (Bundle("generator", 0, 1, 0), Bundle("generator", 1, 1, 0))
     group = reserve(bundles, timeout_s=30)
-    yield Placement(group, bundles, process_environment(ClusterConfig(), "cpu")).start(Worker, "generator")
+    placement = Placement(group, bundles, process_environment(ClusterConfig(), "cpu"))
+    yield [placement.start(Worker, bundle) for bundle in placement.places("generator")]
     ray.util.remove_placement_group(group)
 
 
 @pytest.mark.ray
 def test_what_does_not_fit_is_named_at_once(cluster: None) -> None:
     bundles = tuple(Bundle("learner", index, 1, 1) for index in range(3))
-    with pytest.raises(ConfigError, match=r"3 CPU and the cluster has 2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"3 CPU.* the cluster has 2 CPU and 0 GPU: there is no node with 1 CPU and 1 GPU left for learner 0",
+    ):
         reserve(bundles, timeout_s=30)
 
 
@@ -102,7 +129,7 @@ def test_a_setting_that_a_process_refuses_is_the_users_error(workers: list[objec
 def test_a_death_and_a_silence_say_which_process(workers: list[object]) -> None:
     first, second = workers
     refs = [first.answer.remote(1), second.die.remote()]  # type: ignore[attr-defined]
-    with pytest.raises(ProcessError, match="asking: process 1 died"):
+    with pytest.raises(ProcessError, match="asking: process 1 is lost: it died"):
         collect(refs, what="asking", timeout_s=30)
     with pytest.raises(ProcessError, match=r"asking: no answer from process \[0\] within 1 s"):
         collect([first.sleep.remote()], what="asking", timeout_s=1)  # type: ignore[attr-defined]

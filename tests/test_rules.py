@@ -12,6 +12,7 @@ import pytest
 
 from conf.schema import (
     AlgorithmConfig,
+    CheckpointConfig,
     ClusterConfig,
     Config,
     ConfigError,
@@ -28,6 +29,7 @@ from conf.schema import (
     RewardConfig,
     RewardSourceConfig,
     RewardTrainingConfig,
+    RunConfig,
     ShapingConfig,
     SupervisedConfig,
     TaskConfig,
@@ -50,6 +52,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "learner.policy": lambda **settings: LearnerConfig(policy=OptimizerConfig(**settings)),
     "learner.critic": lambda **settings: LearnerConfig(critic=OptimizerConfig(**settings)),
     "cluster": ClusterConfig,
+    "checkpoint": CheckpointConfig,
     "data": DataConfig,
     "data.task": TaskConfig,
     "data.sources[0]": lambda **settings: DataConfig(sources=(DataSourceConfig(**settings),)),
@@ -75,7 +78,14 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("", {"stages": ("ppo", "ppo")}, "stages=['ppo', 'ppo']"),
     ("", {"stages": ("dpo",)}, "stages=['dpo']"),
     ("", {"seed": -1}, "seed=-1: must be at least 0"),
-    ("", {"resume": "auto"}, "resume='auto': resuming a run is not implemented yet"),
+    (
+        "",
+        {"resume": "auto"},
+        "resume='auto': name the folder in run.dir; the same command then starts the run and resumes",
+    ),
+    ("", {"resume": " "}, "resume=' ': write never, auto, or the path of a checkpoint or a run folder"),
+    ("checkpoint", {"every": -1}, "every=-1: must be at least 0"),
+    ("checkpoint", {"keep": 0}, "keep=0: must be at least 1"),
     # --- model
     ("model.lora", {"rank": 0}, "rank=0: must be at least 1"),
     ("model.lora", {"rank": 4, "alpha": 0.0}, "alpha=0.0: must be greater than 0"),
@@ -358,6 +368,9 @@ def test_a_rule_that_is_broken_names_the_full_key(section: str, settings: dict[s
     ("section", "settings"),
     [
         ("", {"stages": ("sft", "reward", "ppo", "eval")}),
+        ("", {"resume": "auto", "run": RunConfig(dir="here")}),
+        ("", {"resume": "runs/mine"}),
+        ("checkpoint", {"every": 0, "keep": 1}),
         ("model.lora", {"rank": 4, "alpha": 16.0, "target_modules": ("q_proj",)}),
         ("algorithm", {"kl_target": 6.0, "kl_horizon": 500, "kl_estimator": "k3"}),
         ("algorithm", {"kl_loss_coef": 0.1, "kl_loss_estimator": "k2", "kl_coef": 0.0}),

@@ -10,13 +10,18 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cluster import sinks
 from cluster.report import read_metrics
 from cluster.tracking import Tracker, to_json
 from conf.schema import ConfigError, TrackingConfig
@@ -24,8 +29,9 @@ from conf.schema import ConfigError, TrackingConfig
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-def open_tracker(run_dir: Path, **settings: Any) -> Tracker:
-    return Tracker(run_dir, TrackingConfig(**settings), name="a run", resolved_config={"seed": 3, "model": {"lr": 0.1}})
+def open_tracker(run_dir: Path, *, resume_at: dict[str, Any] | None = None, **settings: Any) -> Tracker:
+    config = {"seed": 3, "model": {"lr": 0.1}}
+    return Tracker(run_dir, TrackingConfig(**settings), name="a run", resolved_config=config, resume_at=resume_at)
 
 
 def refuse_constant(name: str) -> None:
@@ -159,9 +165,13 @@ def test_every_sink_holds_the_same_numbers(tmp_path: Path, monkeypatch: pytest.M
     assert step_of == {"sft/*": "sft/step", "ppo/*": "ppo/step"}
     assert history == [{f"{s}/step": at, **{f"{s}/{k}": v for k, v in m.items()}} for s, at, m in logged]
 
-    assert tensorboard_scalars(tmp_path / "tensorboard") == {
-        (f"{stage}/{key}", step, value) for stage, step, metrics in logged for key, value in metrics.items()
-    }
+    for stage in ("sft", "ppo"):
+        assert tensorboard_scalars(tmp_path / "tensorboard" / stage) == {
+            (f"{of}/{key}", step, value)
+            for of, step, metrics in logged
+            for key, value in metrics.items()
+            if of == stage
+        }
 
 
 def test_wandb_that_cannot_be_reached_is_a_settings_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +182,175 @@ def test_wandb_that_cannot_be_reached_is_a_settings_error(tmp_path: Path, monkey
     with pytest.raises(ConfigError, match=r"tracking\.wandb='online'.*API key.*tracking\.wandb=offline") as refused:
         open_tracker(tmp_path / "run", wandb="online")
     assert refused.value.key == "tracking.wandb"
+
+
+# Going back, and going on ---------------------------------------------------------------------------------------------
+
+
+def log_steps(tracker: Tracker, stage: str, steps: range, *, turn: int) -> None:
+    for step in steps:
+        tracker.log(stage, step, {"policy/loss": turn + step / 8})
+        tracker.samples(stage, step, [{"response": "ü" * step}])
+
+
+def steps_of(path: Path) -> list[tuple[str, int, float]]:
+    return [(row["stage"], row["step"], row.get("policy/loss", math.nan)) for row in rows(path)]
+
+
+@pytest.mark.parametrize("in_one_process", [True, False])
+def test_what_was_recorded_after_a_position_is_taken_back(tmp_path: Path, in_one_process: bool) -> None:
+    """Byte for byte what a run that was never interrupted records, and the same in TensorBoard."""
+    with open_tracker(tmp_path / "whole", tensorboard=True) as tracker:
+        log_steps(tracker, "sft", range(1, 3), turn=0)
+        log_steps(tracker, "ppo", range(6), turn=0)
+    with open_tracker(tmp_path / "run", tensorboard=True) as tracker:
+        log_steps(tracker, "sft", range(1, 3), turn=0)
+        log_steps(tracker, "ppo", range(3), turn=0)
+        position = json.loads(json.dumps(tracker.position()))
+        log_steps(tracker, "ppo", range(3, 6), turn=1)
+        log_steps(tracker, "eval", range(1), turn=1)
+        if in_one_process:
+            tracker.rewind(position)
+            log_steps(tracker, "ppo", range(3, 6), turn=0)
+    if not in_one_process:
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as torn:
+            torn.write('{"stage": "ppo", "st')
+        with open_tracker(tmp_path / "run", resume_at=position, tensorboard=True) as tracker:
+            assert tracker.position() == position
+            log_steps(tracker, "ppo", range(3, 6), turn=0)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for stage in ("sft", "ppo"):
+        shown = tensorboard_scalars(tmp_path / "run" / "tensorboard" / stage)
+        assert shown == tensorboard_scalars(tmp_path / "whole" / "tensorboard" / stage)
+    assert tensorboard_scalars(tmp_path / "run" / "tensorboard" / "eval") == set()
+
+
+def test_a_position_says_how_far_each_stage_is(tmp_path: Path) -> None:
+    with open_tracker(tmp_path) as tracker:
+        assert tracker.position() == {"files": {"metrics.jsonl": 0, "samples.jsonl": 0}, "steps": {}, "wandb": None}
+        log_steps(tracker, "sft", range(3), turn=0)
+        log_steps(tracker, "ppo", range(1), turn=0)
+        position = tracker.position()
+    assert position["steps"] == {"sft": 2, "ppo": 0}
+    assert position["files"] == {name: (tmp_path / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl")}
+
+
+def test_steps_go_on_from_the_position(tmp_path: Path) -> None:
+    with open_tracker(tmp_path) as tracker:
+        log_steps(tracker, "ppo", range(3), turn=0)
+        position = tracker.position()
+    with open_tracker(tmp_path, resume_at=position) as tracker:
+        with pytest.raises(ValueError, match="step 1 of stage ppo after step 2"):
+            tracker.log("ppo", 1, {"policy/loss": 0.0})
+        tracker.log("ppo", 2, {"eval/accuracy": 0.5})
+        log_steps(tracker, "ppo", range(3, 5), turn=0)
+        tracker.rewind(position)
+        log_steps(tracker, "ppo", range(3, 4), turn=0)
+    assert [step for _, step, _ in steps_of(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("name", "there"), [("metrics.jsonl", 10), ("samples.jsonl", 0)])
+def test_a_file_that_lost_its_end_is_named_and_nothing_is_cut(tmp_path: Path, name: str, there: int) -> None:
+    with open_tracker(tmp_path) as tracker:
+        log_steps(tracker, "ppo", range(3), turn=0)
+        position = tracker.position()
+        log_steps(tracker, "ppo", range(3, 5), turn=0)
+    os.truncate(tmp_path / name, there)
+    if not there:
+        (tmp_path / name).unlink()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    expected = f"its {name} has {there} bytes, {position['files'][name]} when the checkpoint was written"
+    with pytest.raises(ConfigError, match=expected) as refused:
+        open_tracker(tmp_path, resume_at=position)
+    assert refused.value.key == "run.dir"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# W&B ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_goes_on_is_the_same_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with open_tracker(tmp_path, wandb="offline") as tracker:
+        position = tracker.position()
+    with open_tracker(tmp_path, wandb="offline", resume_at=position) as tracker:
+        assert tracker.position()["wandb"] == position["wandb"]
+    ids = [path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")]
+    assert set(ids) == {position["wandb"]}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_service_of_wandb_that_dies_or_hangs_does_not_hold_the_run_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(sinks, "WANDB_UPLOAD_S", 1.0)
+    monkeypatch.setattr(sinks, "WANDB_END_S", 1.0)
+    before = children()
+    start = time.perf_counter()
+    with caplog.at_level(logging.WARNING), open_tracker(tmp_path, wandb="offline") as tracker:
+        (service,) = children() - before
+        os.kill(service, number)
+        for step in range(500):  # more than fits into the pipe to a process that does not read
+            tracker.log("ppo", step, {f"policy/number_{i}": i for i in range(50)})
+    assert time.perf_counter() - start < 15
+    assert children() == before
+    assert len(rows(tmp_path / "metrics.jsonl")) == 500
+    warned = [record.getMessage() for record in caplog.records if record.name == "cluster.sinks"]
+    said = ["W&B does not answer and is ended"] if number == signal.SIGSTOP else []
+    for text, expected in zip(warned, [*said, "W&B failed and records no more of this run"], strict=True):
+        assert text.startswith(expected)
+
+
+def test_a_network_that_goes_away_does_not_hold_the_run_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "WANDB_UPLOAD_S", 2.0)
+    before = children()
+    with wandb_server() as server:
+        for name, value in (("BASE_URL", server), ("API_KEY", "a" * 40), ("SILENT", "true"), ("DISABLE_GIT", "true")):
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        tracker = open_tracker(tmp_path, wandb="online")
+        assert tracker.position()["wandb"] == "abc123"
+        tracker.log("ppo", 1, {"policy/loss": 1.0})
+    start = time.perf_counter()
+    tracker.log("ppo", 2, {"policy/loss": 0.5})
+    tracker.close(failed=False)
+    assert time.perf_counter() - start < 10
+    assert children() == before
+    assert len(rows(tmp_path / "metrics.jsonl")) == 2
+    (upload,) = tmp_path.glob("wandb/run-*/*.wandb")
+    assert upload.stat().st_size, "what can be uploaded later"
+
+
+@contextmanager
+def wandb_server() -> Iterator[str]:
+    """The address of a server on this machine that answers as W&B's does when a run begins."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+            bucket = {"id": "b", "name": "abc123", "displayName": "x", "config": "{}", "project": project}
+            upsert = {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": True}}
+            answer = json.dumps({"data": upsert if b"UpsertBucket" in body else {}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 def test_optional_sinks_are_imported_only_when_asked_for(tmp_path: Path) -> None:
@@ -192,7 +371,8 @@ def children() -> set[int]:
     """Process ids of the direct children of this process."""
     ids = set()
     for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-        ids |= {int(word) for word in (task / "children").read_text().split()}
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            ids |= {int(word) for word in (task / "children").read_text().split()}
     return ids
 
 

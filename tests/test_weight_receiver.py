@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ class Pair:
         self.generator = VLLMGenerator(str(folder), config, device="cpu", seed=0)
         self.sender: WeightSender | None = None
 
-    def connect(self) -> None:
-        self.sender = WeightSender(self.manifest, num_receivers=self.num_workers, timeout=TIMEOUT)
+    def connect(self, *, timeout: float = TIMEOUT) -> None:
+        self.sender = WeightSender(self.manifest, num_receivers=self.num_workers, timeout=timeout)
         with alongside(self.sender.connect):
             self.generator.init_weight_transfer(self.sender.receiver_info(1))
 
@@ -362,6 +363,39 @@ def test_a_learner_that_dies_midway_leaves_the_generator_refusing(pair: Pair) ->
     with pytest.raises(RuntimeError), learner:
         pair.generator.update_weights({"version": 2})
     assert "group 1 (model.layers.0.self_attn.q_proj.weight to" in str(learner.error)
+    with pytest.raises(RuntimeError, match="update failed"):
+        pair.sample()
+
+
+def test_a_learner_that_stands_still_is_an_error_after_the_timeout_that_names_the_group(
+    make_pair: Callable[..., Pair],
+) -> None:
+    pair, timeout, over = make_pair(), 2.0, threading.Event()
+    pair.connect(timeout=timeout)
+    sender = pair.sender
+    assert sender is not None
+
+    def gather() -> Iterator[list[tuple[str, Tensor]]]:
+        yield from islice(pair.groups(), 2)
+        over.wait(TIMEOUT)
+
+    pair.generator.start_weight_update()
+    learner = alongside(lambda: sender.send(gather(), version=7))
+    begun, waited = time.monotonic(), []
+
+    def update() -> None:
+        try:
+            pair.generator.update_weights({"version": 7})
+        finally:
+            waited.append(time.monotonic() - begun)
+            over.set()
+
+    with (
+        pytest.raises(RuntimeError, match=r"weight update 7 failed at group 2 \(model\.layers\.1\..*imed out"),
+        learner,
+    ):
+        update()
+    assert timeout <= waited[0] < 2 * timeout
     with pytest.raises(RuntimeError, match="update failed"):
         pair.sample()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +27,10 @@ from actors.weights import (
     unpack,
 )
 from learner.weight_sender import WeightSender
-from tests.tiny_models import FAMILIES, tiny_config
+from learner.zero import Ranks
+from tests.learner_ranks import on_ranks
+from tests.test_learner import make_setup
+from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_config
 
 MASK = (1 << 64) - 1
 GROUPS = (
@@ -280,3 +285,81 @@ def test_a_receiver_that_never_joins_is_an_error_within_the_timeout() -> None:
     sender = WeightSender(Manifest(GROUPS), num_receivers=1, timeout=1)
     with pytest.raises(RuntimeError):
         sender.connect()
+
+
+@pytest.mark.ranks
+def test_a_receiver_that_stands_still_is_an_error_after_the_timeout_for_all_others() -> None:
+    """The sender is told at which group; a receiver that has been keeping up does not wait for longer either."""
+    timeout = 2.0
+    manifest = Manifest(tuple((WeightMeta(f"layers.{index}", "float32", (1 << 22,)),) for index in range(2)))
+    sender = WeightSender(manifest, num_receivers=2, timeout=timeout)
+    over, waited = threading.Event(), [0.0]
+
+    def stand_still() -> None:
+        wire = joined(sender.receiver_info(1))
+        over.wait(60)
+        wire.close()
+
+    def keep_up() -> None:
+        wire = joined(sender.receiver_info(2))
+        begun = time.monotonic()
+        try:
+            for group in manifest.groups:
+                wire.broadcast(torch.empty(message_layout(group)[1], dtype=torch.uint8))
+        except RuntimeError:
+            waited[0] = time.monotonic() - begun
+
+    threads = [threading.Thread(target=receiver, daemon=True) for receiver in (stand_still, keep_up)]
+    for thread in threads:
+        thread.start()
+    sender.connect()
+    begun = time.monotonic()
+    groups = [[(meta.name, torch.zeros(meta.shape)) for meta in group] for group in manifest.groups]
+    with pytest.raises(
+        RuntimeError, match=r"weight update 7 failed at group (\d) .layers.\1 to layers.\1.: .*imed out"
+    ):
+        sender.send(groups, version=7)
+    assert timeout - 0.5 < time.monotonic() - begun < 2 * timeout
+    threads[1].join(2 * timeout)
+    assert timeout - 0.5 < waited[0] < 2 * timeout
+    over.set()
+
+
+def joined(info: dict[str, Any]) -> GlooTransport:
+    store = open_store(info["host"], info["port"], timeout=info["timeout"])
+    return GlooTransport(store, rank=info["rank"], world_size=info["world_size"], timeout=info["timeout"])
+
+
+def send_to_nobody(ranks: Ranks, path: str) -> tuple[str | None, dict[str, Any]]:
+    """Send weights to a receiver that has joined and gone; return what was said of it, and what a gather then sees."""
+    from learner import zero
+    from learner.worker import LearnerWorker
+
+    setup = make_setup("grpo, clip-higher, mask", {"policy": path, "reference": path, "critic": path})
+    worker = LearnerWorker(setup, ranks)
+    infos = worker.open_sync(dtype="float32", num_receivers=1, host="127.0.0.1", timeout_s=10.0)
+    leaving = [threading.Thread(target=lambda info=info: joined(info).close()) for info in infos]
+    for thread in leaving:
+        thread.start()
+    worker.connect_sync()
+    for thread in leaving:
+        thread.join()
+    said = None
+    try:
+        worker.send_weights(7)
+    except RuntimeError as error:
+        said = str(error)
+    state = zero.full_state(worker.policy.module.model, dtype="float32")
+    return said, {name: tensor.numpy() for name, tensor in state.items()}
+
+
+@pytest.mark.ranks
+def test_when_sending_fails_the_ranks_still_gather_to_the_end(tmp_path: Path) -> None:
+    """The rank that sends raises, and the others are not left waiting for it."""
+    (said, state), (nothing, other) = on_ranks(send_to_nobody, 2, str(tiny_checkpoint(tmp_path)))
+    assert said is not None
+    assert said.startswith("weight update 7 failed at group 0 (model.embed_tokens.weight to")
+    assert nothing is None
+    assert len(state) > 1
+    assert state.keys() == other.keys()
+    assert all((state[name] == other[name]).all() for name in state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from conf.schema.algorithm import AlgorithmConfig, PTXConfig
+from conf.schema.checkpoint import CheckpointConfig
 from conf.schema.data import DataConfig, DataSourceConfig, RewardTrainingConfig, SupervisedConfig, TaskConfig
 from conf.schema.engines import (
     ClusterConfig,
@@ -26,6 +27,7 @@ from conf.schema.watching import EvaluationConfig, MonitorConfig, TrackingConfig
 __all__ = [
     "STAGES",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -61,7 +63,7 @@ class Config:
     experiment: str = "default"
     stages: tuple[str, ...] = ("ppo",)
     seed: int = 0
-    resume: str = "never"  # the only choice so far
+    resume: str = "never"  # | auto: the newest whole checkpoint in run.dir, or a start | a checkpoint or a run folder
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -75,13 +77,17 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     monitors: MonitorConfig = field(default_factory=MonitorConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             remedy = f"name one or more of {', '.join(STAGES)}, in this order, each once"
             raise ConfigError("stages", list(self.stages), remedy)
         at_least("seed", self.seed, 0)
-        if self.resume != "never":
-            raise ConfigError("resume", self.resume, "resuming a run is not implemented yet; only never is allowed")
+        if self.resume == "auto" and self.run.dir is None:
+            remedy = "name the folder in run.dir; the same command then starts the run and resumes it"
+            raise ConfigError("resume", self.resume, remedy)
+        if not self.resume.strip():
+            raise ConfigError("resume", self.resume, "write never, auto, or the path of a checkpoint or a run folder")
         self.sft.check("sft")
         self.reward_training.check("reward_training")

@@ -173,10 +173,21 @@ class ClusterConfig:
     start_timeout_s: float = 600.0  # until every actor has to be up
     call_timeout_s: float = 1800.0  # longest that one remote call may take
     sync_timeout_s: float = 300.0
+    heartbeat_s: float = 60.0  # a process that has not answered for so long is lost
+    replace_timeout_s: float = 600.0  # how long a process that is lost may wait for a place, if its node is gone
+    max_recoveries: int = 3  # of one kind without the run getting any further; one more ends it
+    grace_s: float = 30.0  # from SIGTERM to the end of the run; Kubernetes gives 30 unless told otherwise
 
     def __post_init__(self) -> None:
         one_of("cluster.device", self.device, DEVICES)
         for name in ("num_generators", "num_rewards", "num_learners", "threads"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
-        for name in ("start_timeout_s", "call_timeout_s", "sync_timeout_s"):
+        for name in ("start_timeout_s", "call_timeout_s", "sync_timeout_s", "replace_timeout_s", "grace_s"):
             above(f"cluster.{name}", getattr(self, name), 0)
+        if self.sync_timeout_s >= self.call_timeout_s:
+            remedy = (
+                f"must be less than cluster.call_timeout_s={self.call_timeout_s:g}: ranks wait for it in a collective"
+            )
+            raise ConfigError("cluster.sync_timeout_s", self.sync_timeout_s, remedy)
+        at_least("cluster.heartbeat_s", self.heartbeat_s, 5)
+        at_least("cluster.max_recoveries", self.max_recoveries, 0)

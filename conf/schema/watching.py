@@ -26,7 +26,7 @@ class EvaluationConfig:
     pass_at: tuple[int, ...] = ()  # eval/pass_at_<k> for each; needs a verifier and as many samples
     temperature: float = 1.0
     win_rate: bool = True  # of the policy's responses against the reference's, by the score
-    best_metric: str | None = None  # eval/...; the policy is exported to checkpoints/best when it is the best so far
+    best_metric: str | None = None  # eval/...; the policy is exported to export/best when it is the best so far
     best_is: str = "highest"  # | lowest
     verifier: str | None = None  # module:function, one score a response; right is a score of at least `threshold`
     threshold: float = 0.99

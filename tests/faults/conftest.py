@@ -1,0 +1,35 @@
+"""The run that all faults are compared with: the same settings, and nothing happens to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.runs import launched
+
+# Everything that has a state of its own: adaptive KL, running scores, an average of the weights, the best policy.
+SETTINGS = (
+    "stages=[sft,ppo]",
+    "reward.sources=[{type: function, function: examples.functions:brevity}]",
+    "reward.shaping.normalise=true",
+    "algorithm=ppo_adaptive_kl",
+    "algorithm.num_steps=9",
+    "algorithm.prompts_per_step=8",
+    "algorithm.samples_per_prompt=2",
+    "algorithm.mini_batch_size=8",
+    "learner.critic_init=policy",
+    "learner.ema_decay=0.9",
+    "evaluation.best_metric=eval/score_mean",
+    "cluster.num_learners=2",
+    "checkpoint.every=2",
+    "data.task.num_train=12",  # an epoch and a half are a step: the position is in the middle of one
+)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with launched(run_dir, *SETTINGS) as run:
+        run.succeed()
+    return run_dir

@@ -1,0 +1,78 @@
+"""A node that is lost, on a cluster of several raylets on this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.faults.conftest import SETTINGS
+from tests.runs import LaunchedRun, launched, metrics_of, reproducible
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+ROLES = ("ray::GeneratorProcess", "ray::RankProcess", "ray::RewardProcess")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head node with room for two processes of a run; its raylet stays."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+def processes_below(run: LaunchedRun, raylet: int) -> list[str]:
+    """Return the titles of the run's processes on a node, which are children of its raylet."""
+    titles = []
+    for pid, title in all_processes().items():
+        if title.startswith(ROLES) and parent_of(pid) == raylet:
+            titles.append(title)
+    return titles
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def all_processes() -> dict[int, str]:
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it ended while it was looked at
+    return found
+
+
+def raylet_of(node: Any) -> int:
+    pid: int = node.all_processes["raylet"][0].process.pid
+    return pid
+
+
+def test_what_was_on_a_lost_node_moves_to_another(cluster: Any, undisturbed: Path, tmp_path: Path) -> None:
+    nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
+    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.heartbeat_s=8")
+    with launched(tmp_path / "moved", *settings) as run:
+        run.await_step("ppo", 2)
+        (victim,) = [node for node in nodes if processes_below(run, raylet_of(node))][:1]
+        os.kill(raylet_of(victim), signal.SIGKILL)
+        run.succeed(seconds=300)
+    assert "is lost" in run.output
+    assert reproducible(run.metrics()) == reproducible(metrics_of(undisturbed))
+
+
+def test_a_run_that_no_longer_fits_says_what_it_waits_for_and_gives_up(cluster: Any, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=2)
+    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.replace_timeout_s=50")
+    with launched(tmp_path / "stuck", *settings) as run:
+        run.await_step("ppo", 1)
+        os.kill(raylet_of(node), signal.SIGKILL)
+        assert run.end(seconds=200) == 1, run.output
+    assert "waits for a place: it needs {'CPU': 1.0} on one node" in run.output
+    assert "finds no place again within 50 s (cluster.replace_timeout_s)" in run.output

@@ -1,0 +1,139 @@
+"""Processes that die, fall silent or find no place, with real Ray: who is lost, and what takes their place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.faults import ProcessError, ProcessLostError
+from cluster.members import Members
+from cluster.placement import Bundle, reserve
+from cluster.processes import Placement, Process
+from cluster.recoveries import Recoveries
+from cluster.session import process_environment
+from conf.schema import ClusterConfig
+
+pytestmark = pytest.mark.ray
+LIMITS = ClusterConfig(heartbeat_s=5.0, replace_timeout_s=60.0, start_timeout_s=30.0, max_recoveries=2)
+
+
+class Worker(Process):
+    def begin(self, marker: str | None) -> None:
+        """Die the first time; the marker remembers that it was."""
+        if marker is not None and not Path(marker).exists():
+            Path(marker).touch()
+            os._exit(1)
+
+    def sleep(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+
+@pytest.fixture(scope="module")
+def placement() -> Iterator[Placement]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    bundles = (Bundle("reward", 0, 1, 0), Bundle("reward", 1, 1, 0))
+    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment(LIMITS, "cpu"))
+    ray.shutdown()
+
+
+@pytest.fixture
+def make(placement: Placement) -> Iterator[Callable[..., Members]]:
+    made: list[Members] = []
+
+    def members(marker: Path | None = None, limit: int = 2, limits: ClusterConfig = LIMITS) -> Members:
+        begin = lambda handle: handle.begin.remote(None if marker is None else str(marker))  # noqa: E731
+        recoveries = Recoveries(limit=limit, note=lambda text: None)
+        made.append(Members(placement, Worker, "reward", begin=begin, limits=limits, recoveries=recoveries))
+        return made[-1]
+
+    yield members
+    for one in made:
+        for index in range(len(one)):
+            one.end(index)
+
+
+def pid_of(members: Members, index: int) -> int:
+    pid: int = ray.get(members.handles[index].ping.remote(), timeout=20)
+    return pid
+
+
+def test_a_process_answers_while_it_works(make: Callable[..., Members]) -> None:
+    members = make()
+    members.wait_begun()
+    call = members.handles[0].sleep.remote(7.0)
+    done, lost = members.wait({call: 0}, timeout_s=20)
+    assert (done, lost) == ([call], {}), "seven seconds of work, more than the heartbeat allows for silence"
+
+
+def test_a_dead_process_is_replaced_in_its_place_and_the_other_stays(make: Callable[..., Members]) -> None:
+    members = make()
+    members.wait_begun()
+    first, second = pid_of(members, 0), pid_of(members, 1)
+    os.kill(first, signal.SIGKILL)
+    calls: dict[Any, int] = {handle.sleep.remote(0.0): index for index, handle in enumerate(members.handles)}
+    while calls:
+        done, _ = members.wait(calls, timeout_s=20)
+        for ref in done:
+            if calls.pop(ref) == 0:
+                with pytest.raises(ray.exceptions.RayActorError):
+                    ray.get(ref)
+    members.replace({0: "it died"}, what="testing")
+    assert pid_of(members, 0) != first
+    assert pid_of(members, 1) == second
+    assert members.recoveries.metrics()["recoveries/reward"] == 1
+
+
+def test_a_silent_process_is_lost_after_the_heartbeat_and_can_be_replaced(make: Callable[..., Members]) -> None:
+    members = make()
+    members.wait_begun()
+    pid = pid_of(members, 1)
+    os.kill(pid, signal.SIGSTOP)
+    start = time.monotonic()
+    done, lost = members.wait({members.handles[1].sleep.remote(0.0): 1}, timeout_s=60)
+    assert (done, lost) == ([], {1: "it has not answered for 5 s"})
+    assert time.monotonic() - start < 30
+    members.replace(lost, what="testing")
+    assert pid_of(members, 1) != pid
+
+
+def test_one_that_finishes_nothing_is_lost_though_it_answers(make: Callable[..., Members]) -> None:
+    members = make()
+    members.wait_begun()
+    done, lost = members.wait_or_lose({members.handles[0].sleep.remote(60.0): 0}, timeout_s=1.0)
+    assert (done, lost) == ([], {0: "it has finished nothing for 1 s"})
+
+
+def test_one_that_dies_while_it_starts_is_started_again(make: Callable[..., Members], tmp_path: Path) -> None:
+    members = make(marker=tmp_path / "died")
+    members.wait_begun()
+    assert members.recoveries.metrics()["recoveries/reward"] >= 1
+    assert ray.get([handle.sleep.remote(0.0) for handle in members.handles], timeout=20) == [0.0, 0.0]
+
+
+def test_one_that_dies_too_often_ends_the_run_with_the_cause(make: Callable[..., Members]) -> None:
+    members = make(limit=0)
+    members.wait_begun()
+    with pytest.raises(ProcessError, match="reward 0 is lost: it died of thirst"):
+        members.replace({0: "it died of thirst"}, what="testing")
+
+
+def test_one_that_finds_no_place_is_given_up_and_says_what_it_needs(
+    make: Callable[..., Members], placement: Placement
+) -> None:
+    members = make(limits=replace(LIMITS, replace_timeout_s=4.0))
+    members.wait_begun()
+    members.end(0)
+    squatter = placement.start(Worker, placement.bundles[0])
+    assert ray.get(squatter.ping.remote(), timeout=20)
+    with pytest.raises(ProcessLostError, match=r"finds no place again within 4 s .*needs \{'CPU': 1.0\}"):
+        members.replace({0: "it died"}, what="testing")
+    ray.kill(squatter)
