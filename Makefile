@@ -10,7 +10,12 @@ quickstart: $(INSTALLED)
 	$(BIN)/python launch.py experiment=quickstart $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+ifdef ARGS
+	$(BIN)/python -m pytest $(ARGS)
+else  # two files at a time, and then the whole system, of which every run uses all cores
+	$(BIN)/python -m pytest -m "not system" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m system
+endif
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,15 +18,8 @@ import pytest
 TIERS = ("ranks", "engine", "ray", "system")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put quick tests first; among several workers a file stays together, and so do all that need the same run."""
-
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def tier(item: pytest.Item) -> int:
         return max((1 + TIERS.index(mark.name) for mark in item.iter_markers() if mark.name in TIERS), default=0)
 
     items.sort(key=tier)
-    if hasattr(config, "workerinput"):  # what takes longest begins at once, and the other workers do the rest
-        items.sort(key=lambda item: item.path.parent.name != "faults" or not tier(item))
-        for item in items:
-            file = "faults" if item.path.parent.name == "faults" and tier(item) else item.path.name
-            item.add_marker(pytest.mark.xdist_group(file))

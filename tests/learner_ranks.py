@@ -12,7 +12,6 @@ from typing import Any
 
 from learner.zero import Ranks
 
-
 # Ranks are forked from a process that has imported these once, which takes many times as long as most tests.
 IMPORTED = (
     "torch",

@@ -21,7 +21,6 @@ SETTINGS = (
     "learner.critic_init=policy",
     "learner.ema_decay=0.9",
     "evaluation.best_metric=eval/score_mean",
-    "cluster.num_learners=2",
     "checkpoint.every=2",
     "data.task.num_train=12",  # an epoch and a half are a step: the position is in the middle of one
 )

@@ -57,22 +57,12 @@ def raylet_of(node: Any) -> int:
 
 def test_what_was_on_a_lost_node_moves_to_another(cluster: Any, undisturbed: Path, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
-    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.heartbeat_s=8")
+    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.heartbeat_s=8", "cluster.num_generators=2")
     with launched(tmp_path / "moved", *settings) as run:
         run.await_step("ppo", 2)
-        (victim,) = [node for node in nodes if processes_below(run, raylet_of(node))][:1]
-        os.kill(raylet_of(victim), signal.SIGKILL)
+        lost = max(nodes, key=lambda node: len(processes_below(run, raylet_of(node))))
+        assert processes_below(run, raylet_of(lost))
+        os.kill(raylet_of(lost), signal.SIGKILL)
         run.succeed(seconds=300)
     assert "is lost" in run.output
     assert reproducible(run.metrics()) == reproducible(metrics_of(undisturbed))
-
-
-def test_a_run_that_no_longer_fits_says_what_it_waits_for_and_gives_up(cluster: Any, tmp_path: Path) -> None:
-    node = cluster.add_node(num_cpus=2)
-    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.replace_timeout_s=50")
-    with launched(tmp_path / "stuck", *settings) as run:
-        run.await_step("ppo", 1)
-        os.kill(raylet_of(node), signal.SIGKILL)
-        assert run.end(seconds=200) == 1, run.output
-    assert "waits for a place: it needs {'CPU': 1.0} on one node" in run.output
-    assert "finds no place again within 50 s (cluster.replace_timeout_s)" in run.output

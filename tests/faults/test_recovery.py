@@ -15,38 +15,39 @@ from tests.runs import LaunchedRun, launched, metrics_of, reproducible, weights_
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-FAULTS = [  # the call in which it happens, what happens, and the kind that is counted
-    ("GeneratorProcess.sample", signal.SIGKILL, "generator"),
-    ("RankProcess.update", signal.SIGKILL, "learner"),
-    ("RewardProcess", signal.SIGKILL, "reward"),
-    ("GeneratorProcess.receive_weights", signal.SIGKILL, "sync"),
-    ("GeneratorProcess.sample", signal.SIGSTOP, "generator"),
-    ("RankProcess.send_weights", signal.SIGSTOP, "learner"),
-    ("RewardProcess", signal.SIGSTOP, "reward"),
+SAMPLE, RECEIVE, REWARD = "GeneratorProcess.sample", "GeneratorProcess.receive_weights", "RewardProcess"
+FAULTS = [  # what is done to whom, in which call; and the kinds that are counted for it
+    (signal.SIGKILL, [SAMPLE, REWARD], ["generator", "reward"]),
+    (signal.SIGKILL, ["RankProcess.update"], ["learner"]),
+    (signal.SIGKILL, [RECEIVE], ["sync"]),
+    (signal.SIGSTOP, [SAMPLE, REWARD], ["generator", "reward"]),
+    (signal.SIGSTOP, ["RankProcess.send_weights"], ["learner"]),
 ]
 
 
-def counted(run: LaunchedRun, kind: str) -> float:
-    return max((row.get(f"recoveries/{kind}", 0.0) for row in run.metrics()), default=0.0)
+def counted(run: LaunchedRun, kinds: list[str]) -> list[float]:
+    return [max((row.get(f"recoveries/{kind}", 0.0) for row in run.metrics()), default=0.0) for kind in kinds]
 
 
-def more(run: LaunchedRun, kind: str, before: float) -> bool:
-    return counted(run, kind) > before
+def all_more(run: LaunchedRun, kinds: list[str], before: list[float]) -> bool:
+    return all(now > then for now, then in zip(counted(run, kinds), before, strict=True))
 
 
 def test_what_dies_or_falls_silent_is_replaced_and_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
     with launched(tmp_path / "disturbed", *SETTINGS, "cluster.num_generators=2", "cluster.heartbeat_s=8") as run:
-        for step, (method, signum, kind) in enumerate(FAULTS, start=1):
+        for step, (signum, methods, kinds) in enumerate(FAULTS, start=1):
             run.await_step("ppo", step)
-            before = counted(run, kind)
-            os.kill(run.await_call(method), signum)
-            run.await_that(partial(more, run, kind, before), f"recovery from {method}", seconds=120)
+            before = counted(run, kinds)
+            for method in methods:
+                os.kill(run.await_call(method), signum)
+            run.await_that(partial(all_more, run, kinds, before), f"recovery from {methods}", seconds=120)
         run.await_step("ppo", len(FAULTS) + 1)
-        lost = [counted(run, kind) for kind in ("generator", "reward", "learner")]
+        kinds = ["generator", "reward", "learner"]
+        lost = counted(run, kinds)
         run.process.send_signal(signal.SIGSTOP)
         time.sleep(12)
         run.process.send_signal(signal.SIGCONT)
         run.succeed()
-        assert [counted(run, kind) for kind in ("generator", "reward", "learner")] == lost, "it was the driver"
+        assert counted(run, kinds) == lost, "it was the driver"
     assert reproducible(run.metrics()) == reproducible(metrics_of(undisturbed))
     assert weights_of(run.dir) == weights_of(undisturbed)

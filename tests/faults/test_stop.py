@@ -4,47 +4,61 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import SETTINGS
-from tests.runs import LaunchedRun, launched, metrics_of, reproducible
+from tests.runs import launched, metrics_of, reproducible
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 ONE_OF_EACH = (
     *SETTINGS,
     "algorithm.num_steps=10000",
-    "cluster.num_learners=1",
     "checkpoint.every=0",
 )
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[LaunchedRun]:
-    """A run that has taken two steps of PPO, and no checkpoint of them."""
-    with launched(tmp_path / "run", *ONE_OF_EACH) as run:
+def ppo_alone(undisturbed: Path) -> tuple[str, ...]:
+    """Settings for the ppo stage by itself, on the policy that the other run has fine-tuned."""
+    return (*ONE_OF_EACH, "stages=[ppo]", "model.init_config=null", f"model.path={undisturbed / 'export' / 'sft'}")
+
+
+def test_sigterm_and_ctrl_c_save_first_and_a_second_ctrl_c_leaves_at_once(
+    ppo_alone: tuple[str, ...], undisturbed: Path, tmp_path: Path
+) -> None:
+    """The run is taken up with twice as many processes, so that its steps are the same up to the order of sums."""
+    run_dir = tmp_path / "run"
+    with launched(run_dir, *ppo_alone) as run:
         run.await_step("ppo", 2)
-        yield run
+        for pid in run.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        assert run.end(seconds=60) == 0, run.output
+        run.assert_nothing_left()
+    assert "everything up to here is saved" in run.output
+    assert "Traceback" not in run.output
+    before = reproducible(metrics_of(run_dir))
+    last = before[-1]["step"]
+    assert (run_dir / "checkpoints" / f"ppo-{last:06d}").is_dir(), "of the last step that is recorded"
 
-
-def test_sigterm_to_every_process_costs_nothing(running: LaunchedRun) -> None:
-    for pid in running.processes():
-        os.kill(pid, signal.SIGTERM)
-    assert running.end(seconds=40) == 0, running.output
-    running.assert_nothing_left()
-    assert "everything up to here is saved" in running.output
-    assert "Traceback" not in running.output
-    steps = [row["step"] for row in metrics_of(running.dir) if row["stage"] == "ppo"]
-    checkpoint = running.dir / "checkpoints" / f"ppo-{steps[-1]:06d}"
-    assert checkpoint.is_dir(), "of the last step that is recorded"
-    before = reproducible(metrics_of(running.dir))
-    with launched(running.dir, *ONE_OF_EACH, "resume=auto") as again:
-        again.await_step("ppo", steps[-1] + 1)
-    rows = reproducible(metrics_of(running.dir))
+    more = ("cluster.num_learners=2", "cluster.num_generators=2", "resume=auto")
+    with launched(run_dir, *ppo_alone, *more) as again:
+        again.await_step("ppo", last + 1)
+        os.kill(again.pids("ray::GeneratorProcess")[0], signal.SIGSTOP)  # the step at hand will not be done
+        again.process.send_signal(signal.SIGINT)
+        again.await_that(lambda: "Ctrl-C again leaves at once" in again.output, "an answer to Ctrl-C", seconds=10)
+        again.process.send_signal(signal.SIGINT)
+        assert again.end(seconds=5) == -signal.SIGINT
+    rows = reproducible(metrics_of(run_dir))
     assert rows[: len(before)] == before
-    assert [row["step"] for row in rows if row["stage"] == "ppo"][: len(steps) + 1] == [*steps, steps[-1] + 1]
+    following = rows[len(before)]
+    assert (following["stage"], following["step"]) == ("ppo", last + 1)
+    (expected,) = [row for row in metrics_of(undisturbed) if (row["stage"], row["step"]) == ("ppo", last + 1)]
+    for key in ("reward/score_mean", "objective/kl", "policy/loss", "critic/loss", "policy/grad_norm"):
+        assert following[key] == pytest.approx(expected[key], rel=0.02, abs=1e-3), key
 
 
 @pytest.mark.parametrize("sign", ["gcs_server", "ray::RankProcess"], ids=["while Ray starts", "while ranks start"])
@@ -58,18 +72,14 @@ def test_sigterm_before_the_first_step_leaves_nothing(sign: str, tmp_path: Path)
         run.assert_nothing_left()
 
 
-def test_ctrl_c_saves_and_a_second_one_leaves_at_once(running: LaunchedRun) -> None:
-    (generator,) = running.pids("ray::GeneratorProcess")
-    os.kill(generator, signal.SIGSTOP)  # the step will not be done
-    running.process.send_signal(signal.SIGINT)
-    running.await_that(lambda: "Ctrl-C again leaves at once" in running.output, "an answer to Ctrl-C", seconds=10)
-    running.process.send_signal(signal.SIGINT)
-    assert running.end(seconds=5) == -signal.SIGINT
-
-
-def test_a_reward_function_that_raises_ends_the_run_with_its_name(tmp_path: Path) -> None:
-    raising = "reward.sources=[{type: function, function: tests.faulty:raises}]"
-    with launched(tmp_path / "run", *ONE_OF_EACH, raising, "stages=[sft,ppo]") as run:
+def test_a_reward_function_that_raises_ends_the_run_with_its_name(undisturbed: Path, tmp_path: Path) -> None:
+    settings = (
+        "stages=[eval]",
+        "model.init_config=null",
+        f"model.path={undisturbed / 'export' / 'sft'}",
+        "reward.sources=[{type: function, function: tests.faulty:raises}]",
+    )
+    with launched(tmp_path / "run", *settings) as run:
         assert run.end() == 1, run.output
         assert "tests.faulty" in run.output
         assert "no score for this one" in run.output
