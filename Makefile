@@ -12,9 +12,9 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
-else  # two files at a time, and then the whole system, of which every run uses all cores
+else  # two files at a time; the runs of the whole system last, which wait as much as they compute
 	$(BIN)/python -m pytest -m "not system" --numprocesses 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m system
+	$(BIN)/python -m pytest -m system --numprocesses 2 --dist loadfile --no-loadscope-reorder
 endif
 
 lint: $(INSTALLED)

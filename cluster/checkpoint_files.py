@@ -10,11 +10,13 @@ Reads JSON and checksums alone, never anything that could run code.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -174,8 +176,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Remove a folder if it is there; once more if a rank of a run that was just killed has still written into it."""
+    for tries_left in (2, 1, 0):
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not tries_left:
+                raise
+            time.sleep(1.0)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def raylet_of(node: Any) -> int:
 
 def test_what_was_on_a_lost_node_moves_to_another(cluster: Any, undisturbed: Path, tmp_path: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)]
-    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.heartbeat_s=8", "cluster.num_generators=2")
+    settings = (*SETTINGS, f"cluster.address={cluster.address}", "cluster.heartbeat_s=12", "cluster.num_generators=2")
     with launched(tmp_path / "moved", *settings) as run:
         run.await_step("ppo", 2)
         lost = max(nodes, key=lambda node: len(processes_below(run, raylet_of(node))))

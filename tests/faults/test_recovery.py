@@ -34,7 +34,7 @@ def all_more(run: LaunchedRun, kinds: list[str], before: list[float]) -> bool:
 
 
 def test_what_dies_or_falls_silent_is_replaced_and_changes_nothing(undisturbed: Path, tmp_path: Path) -> None:
-    with launched(tmp_path / "disturbed", *SETTINGS, "cluster.num_generators=2", "cluster.heartbeat_s=8") as run:
+    with launched(tmp_path / "disturbed", *SETTINGS, "cluster.num_generators=2", "cluster.heartbeat_s=12") as run:
         for step, (signum, methods, kinds) in enumerate(FAULTS, start=1):
             run.await_step("ppo", step)
             before = counted(run, kinds)
@@ -45,7 +45,7 @@ def test_what_dies_or_falls_silent_is_replaced_and_changes_nothing(undisturbed: 
         kinds = ["generator", "reward", "learner"]
         lost = counted(run, kinds)
         run.process.send_signal(signal.SIGSTOP)
-        time.sleep(12)
+        time.sleep(20)
         run.process.send_signal(signal.SIGCONT)
         run.succeed()
         assert counted(run, kinds) == lost, "it was the driver"
