@@ -15,7 +15,6 @@ from tests.runs import launched, metrics_of, reproducible
 pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 ONE_OF_EACH = (
     *SETTINGS,
-    "algorithm.num_steps=10000",
     "checkpoint.every=0",
 )
 
