@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 from actors.mixing import held_out_prompts
@@ -17,6 +18,7 @@ from learner.divergence import JudgeSetup, JudgeWorker
 
 def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     """Judge the policy as it stands, beside `model.reference` if that is set, and leave the figures in the summary."""
+    start = time.perf_counter()
     config, model = run.config, before.model
     assert model.path is not None
     assert model.tokenizer is not None
@@ -46,7 +48,8 @@ def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
         result = judged(Evaluator(config, held_out, generators, rewards, learners=learners), learners, recoveries)
         run.tracker.log("eval", 0, result.metrics | generators.memory() | rewards.memory())
         progress.advance(score=result.metrics["eval/score_mean"])
-    return before.with_summary(**{name: value for name, value in result.metrics.items() if name.startswith("eval/")})
+    figures = {name: value for name, value in result.metrics.items() if name.startswith("eval/")}
+    return before.with_summary(**figures).with_seconds("eval", time.perf_counter() - start)
 
 
 def judged(evaluator: Evaluator, learners: LearnerGroup | None, recoveries: Recoveries) -> EvaluationResult:
