@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ class Checkpoint:
     step: int | None  # steps of the stage that are done; None: it has only begun
     state: dict[str, Any]
     num_ranks: int  # learner ranks that wrote it; 0: it holds no learner
-    identity: dict[str, Any] = field(repr=False)  # of the run that wrote it, of cluster.identity.identity_of
 
     @property
     def learner(self) -> Path:
@@ -111,7 +110,7 @@ class Draft:
                 self.discard()
             raise
         self._checkpoints.drop_old()
-        return Checkpoint(folder, self.stage, self.step, json.loads(text), len(shards), self._checkpoints.identity)
+        return Checkpoint(folder, self.stage, self.step, json.loads(text), len(shards))
 
     def discard(self) -> None:
         """Remove the draft; a rank that is still writing to it will fail."""
@@ -277,7 +276,7 @@ class Checkpoints:
         verify_files(folder, manifest)
         _note_versions(manifest.versions, note)
         state = read_state(folder)
-        return Checkpoint(folder, manifest.stage, manifest.step, state, manifest.num_ranks, manifest.identity)
+        return Checkpoint(folder, manifest.stage, manifest.step, state, manifest.num_ranks)
 
     def _check_identity(self, folder: Path, manifest: Manifest, asked: str) -> None:
         differ = differences(manifest.identity, self.identity, stage=manifest.stage)

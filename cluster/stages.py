@@ -80,6 +80,19 @@ def run(config: Config, run_dir: Path, *, checkpoints: Checkpoints, resume: Chec
             f"the run failed: {error}\nwhat there is so far is in {run_dir}; once the cause is mended, {again}"
         )
         return 1
+    report(config, run_dir, handover, console)
+    return 0
+
+
+def is_finished(config: Config, run_dir: Path, resume: Checkpoint, checkpoints: Checkpoints) -> bool:
+    """Return whether the run has made its report and has no more steps to take."""
+    if not checkpoints.owns(resume) or not (run_dir / SUMMARY).exists() or resume.stage != config.stages[-1]:
+        return False
+    return bool(resume.state["asked_steps"] >= asked_steps(config, resume.stage))
+
+
+def report(config: Config, run_dir: Path, handover: Handover, console: Console) -> None:
+    """Write what a finished run is judged by, and show it."""
     summary = handover.summary | {
         "experiment": config.experiment,
         "seed": config.seed,
@@ -96,14 +109,6 @@ def run(config: Config, run_dir: Path, *, checkpoints: Checkpoints, resume: Chec
         write_frontier(points, run_dir)
         console.table(frontier_table(points))
     console.report(summary, handover.examples, run_dir)
-    return 0
-
-
-def is_finished(config: Config, run_dir: Path, resume: Checkpoint, checkpoints: Checkpoints) -> bool:
-    """Return whether the run has made its report and has no more steps to take."""
-    if not checkpoints.owns(resume) or not (run_dir / SUMMARY).exists() or resume.stage != config.stages[-1]:
-        return False
-    return bool(resume.state["asked_steps"] >= asked_steps(config, resume.stage))
 
 
 def with_data(config: Config, folder: Path) -> Config:

@@ -181,8 +181,8 @@ def test_an_eval_stage_by_itself_judges_a_checkpoint_beside_its_reference(
         "stages=[eval]",
         "model.init_config=null",
         f"model.path={first / 'export' / 'policy'}",
-        f"model.reference={first / 'checkpoints' / 'sft'}",
-        f"reward.sources=[{{type: model, path: '{first / 'checkpoints' / 'reward'}'}}]",
+        f"model.reference={first / 'export' / 'sft'}",
+        f"reward.sources=[{{type: model, path: '{first / 'export' / 'reward'}'}}]",
     )
     with launched(tmp_path / "judged", *settings) as run:
         run.succeed()
