@@ -18,8 +18,8 @@ import numpy as np
 from actors.repetition import repeated_fraction
 from actors.rollout import Prompt, Rollout
 from conf.schema import AlgorithmConfig
-from learner.experience import deal
-from learner.ppo import KLController
+from learner.batching import deal
+from learner.kl_control import KLController
 
 if TYPE_CHECKING:
     from actors.reward import Judged

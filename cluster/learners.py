@@ -17,7 +17,7 @@ from cluster.members import Members
 from cluster.processes import WRITER, Placement, Process, answer, in_group
 from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig, ConfigError
-from learner.zero import Ranks
+from learner.ranks import Ranks
 
 Item = TypeVar("Item")
 Files = dict[str, tuple[int, str]]  # name -> bytes and SHA-256

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.schema import ConfigError
-from learner import shards, zero
+from learner import shards
 from learner.ema import PolicyEMA
+from learner.ranks import Ranks
 from learner.shards import Shard
 
 AVERAGE, RNG = "ema", "rng"  # beside the names of the engines
@@ -68,7 +69,7 @@ def rank_files(folder: Path, rank: int) -> tuple[Path, Path]:
 
 
 def take(
-    ranks: zero.Ranks, engines: Mapping[str, Any], *, average: PolicyEMA | None, counters: Mapping[str, int]
+    ranks: Ranks, engines: Mapping[str, Any], *, average: PolicyEMA | None, counters: Mapping[str, int]
 ) -> Snapshot:
     """Return copies of what this rank keeps of `engines` and `average`, of `counters` and of its random states.
 
@@ -90,9 +91,7 @@ def take(
     return Snapshot(ranks.rank, copies | random_tensors, facts)
 
 
-def put_back(
-    folder: Path, ranks: zero.Ranks, engines: Mapping[str, Any], *, average: PolicyEMA | None
-) -> dict[str, int]:
+def put_back(folder: Path, ranks: Ranks, engines: Mapping[str, Any], *, average: PolicyEMA | None) -> dict[str, int]:
     """Go on from the files in `folder`, of as many ranks or of another number; return the counters. A collective.
 
     With as many ranks every bit is as it was. With another number the weights and the optimizer's states are too, and

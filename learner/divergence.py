@@ -11,11 +11,13 @@ import torch
 from actors.rollout import ScoredRollout
 from conf.schema import GeneratorConfig, LearnerConfig, ModelConfig
 from learner import models, ppo, zero
+from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
 from learner.distribution import SampledFrom
-from learner.experience import blank_batch, collate, micro_batches
+from learner.experience import blank_batch, collate
 from learner.models import PolicyOutput
 from learner.networks import FrozenReference, Reference
+from learner.ranks import Ranks
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ class JudgeSetup:
 class JudgeWorker:
     """One rank that holds a policy and a reference, both frozen."""
 
-    def __init__(self, setup: JudgeSetup, ranks: zero.Ranks) -> None:
+    def __init__(self, setup: JudgeSetup, ranks: Ranks) -> None:
         self.setup = setup
         zero.join(ranks, device=setup.device, timeout_s=setup.collective_timeout_s)
         assert setup.model.path is not None

@@ -1,8 +1,7 @@
-"""From rollouts to what the learner trains on: dealing to ranks, cutting into micro-batches, collating.
+"""What the learner trains on: scored rollouts collated, and what the networks said of them.
 
 Scored rollouts become a `Batch` (tensors, padded on the right), and a batch with what the networks said of it becomes
-an `Experience`. Each is frozen and complete. Which rollouts share a mini-batch depends on the seed alone, never on the
-number of ranks.
+an `Experience`. Each is frozen and complete.
 """
 
 from __future__ import annotations
@@ -15,54 +14,6 @@ import torch
 from torch import Tensor
 
 from actors.rollout import ScoredRollout
-
-
-def deal(lengths: Sequence[int], *, mini_batch_size: int, num_ranks: int, seed: int) -> list[list[list[int]]]:
-    """Return, for each rank and mini-batch, the indices of the rollouts that it trains on.
-
-    The rollouts are shuffled by the seed and cut into mini-batches; each mini-batch is dealt to the ranks, longest
-    first to the rank with the fewest tokens so far (ties to the fewer rollouts, then the lower rank). A train batch
-    that lost rollouts on its way is cut into mini-batches as equal as can be.
-
-    Args:
-        lengths: tokens of each rollout.
-        mini_batch_size: rollouts of one optimizer step over all ranks.
-        num_ranks: the world size of the learner group.
-        seed: of the shuffle.
-
-    Returns:
-        result[rank][mini_batch] is a list of indices into `lengths`; a rank may have none.
-    """
-    assert lengths, "a train batch has at least one rollout"
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    for part in np.array_split(order, -(-len(lengths) // mini_batch_size)):
-        members: list[int] = part.tolist()
-        hands: list[list[int]] = [[] for _ in range(num_ranks)]
-        loads = [0] * num_ranks
-        for index in sorted(members, key=lambda i: (-lengths[i], i)):
-            rank = min(range(num_ranks), key=lambda r: (loads[r], len(hands[r]), r))
-            hands[rank].append(index)
-            loads[rank] += lengths[index]
-        for rank, hand in enumerate(hands):
-            dealt[rank].append(hand)
-    return dealt
-
-
-def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Return the indices cut into micro-batches of at most `max_tokens` tokens, padding included.
-
-    Sorted by length, longest first, so that little is padded. A single rollout that is longer than the budget stands
-    alone.
-    """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The mathematics of PPO for language models: KL, its coefficient, token rewards and the loss of the critic.
+"""The mathematics of PPO for language models: KL, token rewards and the loss of the critic.
 
 Pure functions of torch tensors. The loss of the critic and its statistic are sums over tokens; the caller divides by a
 global count, so that no result depends on how a batch was cut into micro-batches and ranks. The policy's losses are in
@@ -8,7 +8,6 @@ Nothing here knows of models, ranks or configuration.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -115,23 +114,3 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     """Return the sum where the mask is True, a scalar; what stands elsewhere, NaN included, has no influence."""
     return masked(values, mask).sum()
-
-
-@dataclass(frozen=True)
-class KLController:
-    """The coefficient of the KL penalty: fixed, or driven towards a target.
-
-    Adaptive as in Ziegler et al. 2019, section 2.2: error = clip(kl / target - 1, -0.2, 0.2) and
-    coef *= 1 + error * num_rollouts / horizon. `kl` is the mean over rollouts of the KL summed over a response.
-    """
-
-    coef: float
-    target: float | None = None
-    horizon: int = 10_000
-
-    def updated(self, kl: float, *, num_rollouts: int) -> KLController:
-        """Return the controller for the next iteration; the same after a KL that is not finite."""
-        if self.target is None or not math.isfinite(kl):
-            return self
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        return KLController(self.coef * (1.0 + error * num_rollouts / self.horizon), self.target, self.horizon)

@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from actors.rollout import IntArray, Prompt, Rollout, ScoredRollout
 from conf.schema import PTXConfig
+from learner.batching import micro_batches
 from learner.collective import evened
 from learner.distribution import SampledFrom
-from learner.experience import Batch, collate, micro_batches
+from learner.experience import Batch, collate
 from learner.models import PolicyOutput
 from learner.steps import backward, blank_pass
 

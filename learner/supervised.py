@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner import checkpoint, lora, models, zero
+from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
-from learner.experience import micro_batches
+from learner.ranks import Ranks
 
 Row = TypeVar("Row")
 
@@ -71,7 +72,7 @@ class SupervisedWorker:
 
     metric_prefix: str
 
-    def __init__(self, setup: SupervisedSetup, ranks: zero.Ranks) -> None:
+    def __init__(self, setup: SupervisedSetup, ranks: Ranks) -> None:
         self.setup, self.ranks = setup, ranks
         zero.join(ranks, device=setup.device, timeout_s=setup.collective_timeout_s)
         torch.manual_seed(setup.seed)

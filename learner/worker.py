@@ -16,12 +16,14 @@ import torch
 from actors.rollout import ScoredRollout
 from actors.weights import Manifest
 from learner import checkpoint, lora, models, zero
+from learner.batching import micro_batches
 from learner.collective import evened
 from learner.describe import describe
 from learner.divergence import mean_kl
-from learner.experience import Batch, Evaluation, blank_batch, collate, micro_batches
+from learner.experience import Batch, Evaluation, blank_batch, collate
 from learner.networks import LearnerSetup, make_networks
 from learner.preparation import Preparation, whitened
+from learner.ranks import Ranks
 from learner.training import Training
 from learner.weight_sender import WeightSender
 
@@ -29,7 +31,7 @@ from learner.weight_sender import WeightSender
 class LearnerWorker:
     """One rank of the learner group."""
 
-    def __init__(self, setup: LearnerSetup, ranks: zero.Ranks) -> None:
+    def __init__(self, setup: LearnerSetup, ranks: Ranks) -> None:
         self.setup, self.ranks = setup, ranks
         zero.join(ranks, device=setup.device, timeout_s=setup.collective_timeout_s)
         torch.manual_seed(setup.seed)

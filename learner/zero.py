@@ -10,7 +10,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,16 +19,7 @@ from torch import Tensor, nn
 from actors.weights import Manifest
 from conf.schema import LearnerConfig, OptimizerConfig
 from learner import lora
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where one process stands in a learner group."""
-
-    rank: int
-    world_size: int
-    address: str  # of rank 0
-    port: int
+from learner.ranks import Ranks
 
 
 def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from learner.zero import Ranks
+from learner.ranks import Ranks
 
 # Ranks are forked from a process that has imported these once, which takes many times as long as most tests.
 IMPORTED = (

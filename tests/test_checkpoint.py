@@ -25,9 +25,9 @@ import torch
 from conf.schema import ConfigError, LoraConfig
 from learner.checkpoint import ShardFiles, Snapshot, random_states, rank_files, set_random_states
 from learner.networks import LearnerSetup
+from learner.ranks import Ranks
 from learner.shards import Shard
 from learner.supervised import SupervisedSetup
-from learner.zero import Ranks
 from tests import test_learner, test_supervised
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import VOCAB_SIZE, tiny_checkpoint

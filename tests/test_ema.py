@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.schema import LearnerConfig, LoraConfig, OptimizerConfig
 from learner import lora
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
 

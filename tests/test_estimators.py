@@ -13,7 +13,7 @@ from actors.rollout import ScoredRollout
 from conf.schema import AlgorithmConfig
 from learner.estimators import Estimate, Rewarded, make_estimator
 from learner.experience import Batch, Values, collate
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.batches import cut_up, one_rank, random_rollouts, scored, tensor
 from tests.learner_ranks import on_ranks
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from actors.rollout import Prompt, Rollout, ScoredRollout
 from learner.advantages import gae, mean_and_std, moments, whiten
+from learner.batching import deal, micro_batches
 from learner.distribution import SampledFrom, token_logprobs
-from learner.experience import Batch, blank_batch, collate, deal, micro_batches, sampled_by_both
+from learner.experience import Batch, blank_batch, collate, sampled_by_both
 from learner.policy_losses import clipped_loss
 from learner.ppo import kl_penalty, token_rewards
 

@@ -26,9 +26,9 @@ from conf.schema import (
     PTXConfig,
     ShapingConfig,
 )
-from learner.experience import micro_batches
+from learner.batching import micro_batches
 from learner.networks import LearnerSetup
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.plain_ppo import Trained, plain_updates
 from tests.tiny_models import tiny_checkpoint

@@ -1,6 +1,6 @@
 """Every estimator, policy loss and aggregation learns: a small network finds the answers that are rewarded.
 
-No engine: the test samples from the learner's own network. Two minutes, all variants in one process.
+No engine: the test samples from the learner's own network. A minute, all variants in one process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from conf.schema import (
     ShapingConfig,
 )
 from learner.networks import LearnerSetup
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_config
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.ranks
 VOCABULARY, EOS, LONGEST = 8, 2, 3
 PROMPTS = ((4, 5), (6, 3))
 BEST = (7, 4)  # to be followed by EOS
-SAMPLES, UPDATES, KL_COEF = 96, 24, 0.02
+SAMPLES, UPDATES, KL_COEF = 96, 16, 0.02
 GROUPS = ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline")
 VARIANTS: dict[str, dict[str, Any]] = {
     "gae": {},
@@ -63,7 +63,7 @@ class Outcome:
 def make_setup(
     checkpoint: str, *, shared: bool = False, lora: bool = False, sign: float = 1.0, **algorithm: Any
 ) -> LearnerSetup:
-    optimizer = OptimizerConfig(lr=5e-3 if lora else 3e-3)
+    optimizer = OptimizerConfig(lr=7e-3 if lora else 4.2e-3)
     return LearnerSetup(
         model=ModelConfig(path=checkpoint, tokenizer=checkpoint, lora=LoraConfig(rank=8 if lora else None)),
         algorithm=AlgorithmConfig(
@@ -153,7 +153,7 @@ def run(ranks: Ranks, checkpoint: str) -> dict[str, Outcome]:
 
 
 def learn(ranks: Ranks, checkpoint: str, *, sign: float = 1.0, **changes: Any) -> Outcome:
-    from learner.experience import deal
+    from learner.batching import deal
     from learner.worker import LearnerWorker
 
     setup = make_setup(checkpoint, **changes)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from actors.weights import manifest_of
 from conf.schema import ConfigError, LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner import lora, models
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
 

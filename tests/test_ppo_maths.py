@@ -1,4 +1,4 @@
-"""KL, its coefficient and token rewards of learner.ppo against hand-computed numbers and properties. A second."""
+"""KL, its coefficient and token rewards against hand-computed numbers and properties. A second."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.kl_control import KLController
 from learner.ppo import (
     MAX_LOG_RATIO,
-    KLController,
     kl_penalty,
     last_position,
     masked,

@@ -15,7 +15,7 @@ from actors.rollout import IntArray
 from conf.schema import PTXConfig
 from learner.models import PolicyModel, load_causal_lm
 from learner.ptx import TextLoss
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
 

@@ -19,7 +19,7 @@ from cluster.processes import Placement
 from cluster.recoveries import Recoveries
 from cluster.session import process_environment
 from conf.schema import ClusterConfig
-from learner.zero import Ranks
+from learner.ranks import Ranks
 
 pytestmark = pytest.mark.ray
 LIMITS = ClusterConfig(heartbeat_s=5.0, replace_timeout_s=60.0, start_timeout_s=60.0, max_recoveries=1)
@@ -83,7 +83,10 @@ def test_a_rank_that_is_lost_is_the_cause_whatever_the_others_say(
         make(*deeds).export(Path())
 
 
-def test_a_rank_that_fails_is_an_error_though_the_others_wait_for_it(make: Callable[..., RankGroup]) -> None:
+def test_a_rank_that_fails_is_an_error_though_the_others_wait_for_it(
+    make: Callable[..., RankGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.learners.SETTLE_S", 3.0)
     start = time.monotonic()
     with pytest.raises(ProcessError, match=r"learner rank 1 failed: RuntimeError.'the disk is on fire'") as caught:
         make("wait for another", "fail").export(Path())

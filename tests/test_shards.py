@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import ConfigError, LearnerConfig, OptimizerConfig
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.test_ema import Net
 

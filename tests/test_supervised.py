@@ -16,10 +16,10 @@ from actors.supervised_rows import PreferencePair, SupervisedExample
 from cluster.supervised_stage import endless_batches
 from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner import zero
+from learner.ranks import Ranks
 from learner.reward_training import RewardModelWorker, bradley_terry_loss
 from learner.sft import SFTWorker
 from learner.supervised import SupervisedSetup, SupervisedWorker, pad_sequences
-from learner.zero import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
 

@@ -25,9 +25,9 @@ from conf.schema import (
 )
 from learner.guard import UpdateGuard, Verdict
 from learner.networks import LearnerSetup
+from learner.ranks import Ranks
 from learner.record import Record
 from learner.training import visits
-from learner.zero import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
 

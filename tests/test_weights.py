@@ -26,8 +26,8 @@ from actors.weights import (
     pack,
     unpack,
 )
+from learner.ranks import Ranks
 from learner.weight_sender import WeightSender
-from learner.zero import Ranks
 from tests.learner_ranks import on_ranks
 from tests.test_learner import make_setup
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_config

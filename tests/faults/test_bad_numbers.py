@@ -30,7 +30,7 @@ from conf.schema import (
     ShapingConfig,
 )
 from learner.networks import LearnerSetup
-from learner.zero import Ranks
+from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.reward_rollouts import rollout
 from tests.tiny_models import tiny_checkpoint
