@@ -92,6 +92,8 @@ def carry(run: Run, training: Training, before: Handover, resume: Checkpoint | N
             if lost is not None:
                 training.learners.end()
                 resume = gone_back(run, training.name, lost)
+                if run.stop.signum is not None:  # in the step that was lost
+                    raise run.stop.stop()
                 training.learners.restart(str(lost))
                 lost = None
             if resume is None or resume.state["stage"] is None:
@@ -99,7 +101,6 @@ def carry(run: Run, training: Training, before: Handover, resume: Checkpoint | N
                 save()
             else:
                 training.take_up(resume.state["stage"], resume)
-                run.saver.went_back_to(resume)
             with run.stop.deferred():
                 while not training.done and run.stop.signum is None:
                     training.advance()
@@ -134,6 +135,7 @@ def gone_back(run: Run, stage: str, lost: ProcessError) -> Checkpoint:
     except (CheckpointError, ConfigError) as error:
         raise ProcessError(f"{lost}\nThe run cannot go back to a checkpoint: {error}") from error
     run.tracker.rewind(checkpoint.state["tracker"])
+    run.saver.went_back_to(checkpoint)
     return checkpoint
 
 

@@ -22,7 +22,7 @@ SETTINGS = (
     "cluster.num_generators=2",
     "cluster.heartbeat_s=10",
     "cluster.start_timeout_s=90",  # a process that is suspended while it starts is noticed only then
-    "checkpoint.every=5",
+    "checkpoint.every=2",  # a copy costs a tenth of a second, and something dies every half minute
     "algorithm.num_steps=100000",
 )
 HANG_S = 180.0  # without a step that is recorded
