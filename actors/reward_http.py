@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -27,6 +28,7 @@ TOKEN_VARIABLE = "MANTA_REWARD_TOKEN"
 ANSWER_BYTES, ANSWER_BYTES_PER_SCORE = 1 << 20, 1 << 10  # the longest answer that is read: the one, and the other each
 # Answers that say that the settings are wrong, which no other try will change.
 REFUSALS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED)
+MORE_S = 1.0  # than `timeout_s`, after which a request is given up that no limit of its socket has ended
 SHOWN_CHARACTERS = 200  # of an answer that is not understood
 
 
@@ -74,19 +76,37 @@ class HTTPReward:
         """
         if not rollouts:
             return []
-        with ThreadPoolExecutor(self.source.concurrency) as pool:
-            answers = list(pool.map(self._answer, slices(rollouts, self.source.concurrency)))
+        parts = slices(rollouts, self.source.concurrency)
+        answers = self._answers(parts)
         errors = [answer for answer in answers if isinstance(answer, SourceError)]
         if len(errors) == len(answers):
             raise errors[0]
-        parts = zip(slices(rollouts, self.source.concurrency), answers, strict=True)
-        return [score for part, answer in parts for score in self._scores(part, answer)]
+        pairs = zip(parts, answers, strict=True)
+        return [score for part, answer in pairs for score in self._scores(part, answer)]
 
-    def _answer(self, rollouts: Sequence[Rollout]) -> list[object] | SourceError:
+    def _answers(self, parts: Sequence[Sequence[Rollout]]) -> list[list[object] | SourceError]:
+        """What the server says to each part, all asked at once; a part that is not answered in time is given up.
+
+        The thread of such a part is left alone: a server that sends one header after the other can hold it for longer
+        than any time limit of a socket.
+        """
+        futures: list[Future[list[object] | SourceError]] = [Future() for _ in parts]
+        for future, part in zip(futures, parts, strict=True):
+            threading.Thread(target=self._answer, args=(future, part), daemon=True).start()
+        done, _ = wait(futures, timeout=self.source.timeout_s + MORE_S)
+        return [future.result() if future in done else self._late() for future in futures]
+
+    def _answer(self, future: Future[list[object] | SourceError], rollouts: Sequence[Rollout]) -> None:
         try:
-            return self._ask(rollouts)
+            future.set_result(self._ask(rollouts))
         except SourceError as error:
-            return error
+            future.set_result(error)
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    def _late(self) -> SourceError:
+        remedy = f"raise {self.key}.timeout_s, lower reward.batch_size, or see why the server is slow"
+        return SourceError(f"{self.name} did not answer within {self.source.timeout_s:g} s; {remedy}")
 
     def _scores(self, rollouts: Sequence[Rollout], answer: list[object] | SourceError) -> Iterator[float | Fault]:
         if isinstance(answer, SourceError):
@@ -95,7 +115,7 @@ class HTTPReward:
         for position, (rollout, value) in enumerate(zip(rollouts, answer, strict=True)):
             number = finite_number(value)
             where = f"at position {position} ({sample_name(rollout)})"
-            yield Fault(f"{self.name} answered {value!r:.100} {where}") if number is None else number
+            yield Fault(f"{self.name} answered {self._hidden(repr(value)):.100} {where}") if number is None else number
 
     def _ask(self, rollouts: Sequence[Rollout]) -> list[object]:
         """The values that the server gives `rollouts`, as many as there are."""
@@ -113,8 +133,7 @@ class HTTPReward:
             ) as response:
                 content = self._read(response, len(rollouts))
         except (requests.Timeout, TimeoutError):
-            remedy = f"raise {self.key}.timeout_s, lower reward.batch_size, or see why the server is slow"
-            raise SourceError(f"{self.name} did not answer within {self.source.timeout_s:g} s; {remedy}") from None
+            raise self._late() from None
         except (requests.RequestException, HTTPError) as error:
             # Not its own message nor its traceback, which show the whole URL.
             raise SourceError(f"{self.name}: {_cause(error)}; see that the server runs and can be reached") from None
@@ -140,17 +159,16 @@ class HTTPReward:
         return request
 
     def _values(self, response: requests.Response, content: bytes, count: int) -> list[object]:
+        status = f"{response.status_code} {self._hidden(response.reason or '')}".strip()
         if response.status_code in REFUSALS:
-            remedy = (
-                f"the server answers {response.status_code} {response.reason}; check the path, and {TOKEN_VARIABLE}"
-            )
+            remedy = f"the server answers {status}; check the path, and {TOKEN_VARIABLE}"
             raise ConfigError(f"{self.key}.url", _without_secrets(self.url), remedy)
         if response.status_code // 100 != 2:
-            raise SourceError(f"{self.name} answered {response.status_code} {response.reason}{self._shown(content)}")
+            raise SourceError(f"{self.name} answered {status}{self._shown(content)}")
         try:
             answer = json.loads(content)
         except (ValueError, RecursionError):
-            kind = response.headers.get("Content-Type", "no content type")
+            kind = self._hidden(response.headers.get("Content-Type", "no content type"))
             raise SourceError(f"{self.name} answered no JSON ({kind}){self._shown(content)}") from None
         names = ANSWERS[self.source.format]
         values = next((answer[name] for name in names if name in answer), None) if isinstance(answer, dict) else None
@@ -164,9 +182,14 @@ class HTTPReward:
         return values
 
     def _shown(self, content: bytes) -> str:
-        text = " ".join(content[: 10 * SHOWN_CHARACTERS].decode("utf-8", errors="replace").split())
-        text = text.replace(self._token, "...") if self._token else text
+        text = self._hidden(" ".join(content[: 10 * SHOWN_CHARACTERS].decode("utf-8", errors="replace").split()))
         return f": {text[:SHOWN_CHARACTERS]}" if text else ", with an empty body"
+
+    def _hidden(self, text: str) -> str:
+        """`text` without the token, as it is or as JSON may write it."""
+        for token in {self._token, self._token.replace("/", "\\/")} - {""}:
+            text = text.replace(token, "...")
+        return text
 
 
 ANSWERS = {"llamafactory": ("scores",), "openrlhf": ("rewards", "scores")}  # where each format has the scores

@@ -9,7 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoint_files import link_or_copy
 from conf.schema import EvaluationConfig
+
+BEST_EXPORT = Path("export", "best")  # in the run folder
+BEST = "best.json"
 
 
 class BestPolicy:
@@ -49,12 +53,33 @@ class BestPolicy:
         new, old = self.folder.with_name(f".{self.folder.name}.new"), self.folder.with_name(f".{self.folder.name}.old")
         _remove(new)
         self.export(new)
-        (new / "best.json").write_text(json.dumps({"step": step, "metric": self.metric, "value": value}) + "\n")
+        (new / BEST).write_text(json.dumps({"step": step, "metric": self.metric, "value": value}) + "\n")
         if self.folder.exists():
             _remove(old)
             self.folder.rename(old)
         new.rename(self.folder)
         _remove(old)
+
+
+def taken_over(state: Mapping[str, Any], others: Path, folder: Path) -> dict[str, Any]:
+    """Return the state of another run's best policy as that of this run, its export linked or copied to `folder`.
+
+    Where that export is no longer there, or a later one is in its place, no policy has been the best so far.
+    """
+    if state["best_step"] is None:
+        return dict(state)
+    try:
+        exported = json.loads((others / BEST).read_text())
+    except FileNotFoundError:
+        exported = {}
+    if (exported.get("step"), exported.get("value")) != (state["best_step"], state["best"]):
+        return dict.fromkeys(state)
+    new = folder.with_name(f".{folder.name}.new")
+    _remove(new)
+    shutil.copytree(others, new, copy_function=lambda source, target: link_or_copy(Path(source), Path(target)))
+    _remove(folder)
+    new.rename(folder)
+    return dict(state)
 
 
 def _remove(folder: Path) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.best import BEST_EXPORT, taken_over
 from cluster.checkpoints import Checkpoint, CheckpointError
 from cluster.faults import LearnersLostError, ProcessError, RolloutsLostError
 from cluster.learners import RankGroup
 from cluster.run import Handover, Run
+from cluster.tracking import Tracker
 from conf.schema import Config, ConfigError
 
 
@@ -153,9 +156,16 @@ def saved_state(run: Run, stage: str, handover: Handover, inner: dict[str, Any] 
     }
 
 
-def adopted_state(run: Run, checkpoint: Checkpoint, handover: Handover) -> dict[str, Any]:
-    """Return the state of another run's checkpoint as that of this run, whose record begins with it."""
-    own = {"run_dir": str(run.dir), "handover": handover.to_plain(), "tracker": run.tracker.position()}
+def adopted_state(run_dir: Path, tracker: Tracker, checkpoint: Checkpoint, handover: Handover) -> dict[str, Any]:
+    """Return the state of another run's checkpoint as that of this run, whose record begins with it.
+
+    The best policy so far is taken over with it, if the other run still has that one.
+    """
+    inner = checkpoint.state["stage"]
+    if inner is not None and "best" in inner:
+        others = checkpoint.folder.parent.parent / BEST_EXPORT
+        inner = inner | {"best": taken_over(inner["best"], others, run_dir / BEST_EXPORT)}
+    own = {"run_dir": str(run_dir), "handover": handover.to_plain(), "tracker": tracker.position(), "stage": inner}
     return checkpoint.state | own
 
 

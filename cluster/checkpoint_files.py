@@ -175,6 +175,14 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file that nobody writes to any more a second name; copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def remove(folder: Path) -> None:
     """Remove a folder if it is there; once more if a rank of a run that was just killed has still written into it."""
     for tries_left in (2, 1, 0):

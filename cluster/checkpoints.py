@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from cluster.checkpoint_files import (
     as_json,
     changing,
     library_versions,
+    link_or_copy,
     name_of,
     parsed_name,
     position,
@@ -82,7 +81,7 @@ class Draft:
         return self.folder / LEARNER
 
     def publish(self, state: Mapping[str, Any], *, shards: Shards, best: bool = False) -> Checkpoint:
-        """Make a checkpoint of the draft, drop what is no longer kept, and return the new one as it will be read.
+        """Make a checkpoint of the draft and return it as it will be read.
 
         `state`: what JSON can hold, with strings as keys (else TypeError); floats come back bit for bit, tuples as
         lists. `shards`: for each learner rank the files that it wrote to `learner`, by name, each with its bytes and
@@ -109,7 +108,6 @@ class Draft:
             with suppress(CheckpointError):  # the first cause is the one to hear of; `tidy` removes what stays
                 self.discard()
             raise
-        self._checkpoints.drop_old()
         return Checkpoint(folder, self.stage, self.step, json.loads(text), len(shards))
 
     def discard(self) -> None:
@@ -126,6 +124,7 @@ class Checkpoints:
     resume = checkpoints.newest(print)
     draft = checkpoints.begin("ppo", 10)       # the learner ranks write their shards to draft.learner
     checkpoint = draft.publish(state, shards=[{"rank_00000.safetensors": (1024, "9f86...")}])
+    checkpoints.drop_old()
     """
 
     def __init__(self, folder: Path, *, keep: int, identity: Mapping[str, Any]) -> None:
@@ -185,18 +184,15 @@ class Checkpoints:
 
         Its shards are linked, and copied where the file system has no links. Raises CheckpointError.
         """
-        files = read_manifest(checkpoint.folder).files
+        manifest = read_manifest(checkpoint.folder)
         draft = self.begin(checkpoint.stage, checkpoint.step)
         shards: list[dict[str, tuple[int, str]]] = [{} for _ in range(checkpoint.num_ranks)]
         with changing(draft.folder):
             for path in sorted(checkpoint.learner.glob("*")) if checkpoint.num_ranks else ():
-                try:
-                    os.link(path, draft.learner / path.name)
-                except OSError:
-                    shutil.copyfile(path, draft.learner / path.name)
-                size, checksum = files[f"{LEARNER}/{path.name}"]
+                link_or_copy(path, draft.learner / path.name)
+                size, checksum = manifest.files[f"{LEARNER}/{path.name}"]
                 shards[int(path.stem.rpartition("_")[2])][path.name] = size, checksum
-        return draft.publish(state, shards=shards)
+        return draft.publish(state, shards=shards, best=manifest.best)
 
     def forget_after(self, checkpoint: Checkpoint) -> list[str]:
         """Remove every checkpoint that is newer, and return their names: the run goes on from this one without them.
@@ -230,7 +226,10 @@ class Checkpoints:
         return folder
 
     def drop_old(self) -> None:
-        """Drop all but the starts of stages, the newest `keep` others, and the newest of the best."""
+        """Drop all but the starts of stages, the newest `keep` others, and the newest of the best.
+
+        Raises CheckpointError if one cannot be removed.
+        """
         newest_first = [name for name in reversed(_names(self.folder)) if not name.endswith("-start")]
         kept = newest_first[: self.keep]
         best = next((name for name in newest_first if self._is_best(name)), None)

@@ -60,6 +60,7 @@ def judged(evaluator: Evaluator, learners: LearnerGroup | None, recoveries: Reco
             if learners is not None:
                 if lost is not None:
                     learners.restart(str(lost))
+                    lost = None
                 learners.wait_started()
             return evaluator.evaluate()
         except LearnersLostError as error:

@@ -21,8 +21,9 @@ from conf.check import named_paths
 from conf.schema import STAGES, Config
 
 FREE_TO_CHANGE = (
-    "Free to change are run, resume, checkpoint, tracking, monitors, cluster, generator's and learner's use of memory, "
-    "retries and time limits of rewards, and algorithm.num_steps upwards where no learning rate depends on it"
+    "Free to change are run, resume, checkpoint, tracking, monitors, cluster, generator's and learner's use of memory "
+    "(but learner.offload_optimizer), retries and time limits of rewards, and algorithm.num_steps upwards where no "
+    "learning rate depends on it"
 )
 SMALL = 1 << 20  # bytes; a file below is read whole
 BLOCK, NUM_BLOCKS = 1 << 16, 64  # of a larger file, evenly spread, the first and the last among them
@@ -30,7 +31,7 @@ WITHOUT_HORIZON = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedu
 _FREE_SECTIONS = ("experiment", "run", "resume", "checkpoint", "tracking", "monitors", "cluster")
 _FREE = {
     "generator": ("max_num_seqs", "kv_cache_mib", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"),
-    "learner": ("offload_optimizer", "offload_parameters", "nvme_path", "gradient_checkpointing", "micro_batch_tokens"),
+    "learner": ("offload_parameters", "nvme_path", "gradient_checkpointing", "micro_batch_tokens"),
     "reward": ("retries", "backoff_s"),
 }
 _FREE_OF_SOURCE = re.compile(r"reward\.sources\[\d+\]\.(timeout_s|concurrency|url)")

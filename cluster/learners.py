@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,7 +12,7 @@ import ray
 from actors.rollout import Rollout, ScoredRollout
 from cluster.driver import Metrics, ScoredHandle, ShapedHandle
 from cluster.faults import LearnersLostError, ProcessError, ProcessLostError, RolloutsLostError
-from cluster.members import Members
+from cluster.members import LOOK_EVERY_S, Members, Patience
 from cluster.processes import WRITER, Placement, Process, answer, in_group
 from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig, ConfigError
@@ -216,13 +215,14 @@ class RankGroup:
             ProcessError, ConfigError: a rank raised, and all of them live.
         """
         limit = self.limits.call_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
+        patience = Patience(limit)
         calls = {ref: rank for rank, ref in enumerate(refs)}
         results: dict[int, Any] = {}
         lost: dict[int, str] = {}
         failed: list[Exception] = []
         while calls and not lost:
-            done, lost = self.members.wait(calls, timeout_s=max(deadline - time.monotonic(), 0.0), starting=starting)
+            left = patience.look()
+            done, lost = self.members.wait(calls, timeout_s=min(left, LOOK_EVERY_S), starting=starting)
             for ref in done:
                 rank = calls.pop(ref)
                 try:
@@ -231,8 +231,8 @@ class RankGroup:
                     lost[rank] = error.why
                 except (ProcessError, ConfigError) as error:
                     failed.append(error)
-                    deadline = min(deadline, time.monotonic() + SETTLE_S)
-            if not done and not lost:  # it is too late; after a failure the others wait for the one that left
+                    patience.limit_s = min(patience.limit_s, patience.waited_s + SETTLE_S)
+            if left <= 0 and not done and not lost:  # after a failure the others wait for the one that left
                 lost = {} if failed else dict.fromkeys(calls.values(), f"it has not done it in {limit:g} s")
                 break
         if lost:

@@ -24,12 +24,27 @@ ANSWER_S = 5.0  # how long a figure that may be missing is waited for
 SAY_EVERY_S = 30.0  # how often it is said that a process waits for its place
 
 
-@dataclass
-class Heartbeat:
-    """Whether one process lives: it is asked now and then, and the time that it owes an answer is added up.
+class Patience:
+    """How long somebody is waited for, `limit_s` seconds at most; to be asked every second or so.
 
     Only time in which somebody looks counts, so nobody is lost because this process itself was busy or suspended.
     """
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s, self.waited_s = limit_s, 0.0
+        self._looked = time.monotonic()
+
+    def look(self) -> float:
+        """Return how many seconds of it are left."""
+        now = time.monotonic()
+        self.waited_s += min(now - self._looked, 2 * LOOK_EVERY_S)
+        self._looked = now
+        return max(self.limit_s - self.waited_s, 0.0)
+
+
+@dataclass
+class Heartbeat:
+    """Whether one process lives: it is asked now and then, and the time that it owes an answer is added up."""
 
     handle: Any
     question: Any = None
@@ -106,10 +121,10 @@ class Members:
             calls: each with the number of the member that it was made to.
             starting: the calls are the first, and may keep a process from answering for longer.
         """
-        deadline = time.monotonic() + timeout_s
+        patience = Patience(timeout_s)
         while True:
-            left = deadline - time.monotonic()
-            done, _ = ray.wait(list(calls), num_returns=1, timeout=max(min(LOOK_EVERY_S, left), 0.0), fetch_local=False)
+            left = patience.look()
+            done, _ = ray.wait(list(calls), num_returns=1, timeout=min(LOOK_EVERY_S, left), fetch_local=False)
             if done:
                 return done, {}
             lost = self.lost(sorted(set(calls.values())), starting=starting)
@@ -204,38 +219,39 @@ class Members:
         is tried again; a place whose node is gone is found anew by Ray, if there is another node for it.
         """
         begun = said = time.monotonic()
-        trouble = ""
+        needs, limit_s = self.places[index].resources(), self.limits.replace_timeout_s
+        trouble, handle = "", None
         while True:
-            handle = self.placement.start(self.process, self.places[index])
-            question, asked = handle.ping.remote(), time.monotonic()
-            while (now := time.monotonic()) - asked < self.starting_limit_s:
-                if ray.wait([question], timeout=LOOK_EVERY_S)[0]:
-                    break
-                needs = self.places[index].resources()
-                if now - begun >= self.limits.replace_timeout_s:
-                    ray.kill(handle)
-                    limit = f"{self.limits.replace_timeout_s:g} s (cluster.replace_timeout_s)"
-                    raise ProcessLostError(
-                        f"{self.role} {index} was lost and finds no place again within {limit}: it needs {needs} on "
-                        f"one node; free now: {free(needs)}{trouble}"
-                    )
-                if now - said >= SAY_EVERY_S:
-                    said = now
-                    self.recoveries.note(
-                        f"{self.role} {index} waits for a place: it needs {needs} on one node, free now: "
-                        f"{free(needs)}; the run gives up after {self.limits.replace_timeout_s:g} s "
-                        "(cluster.replace_timeout_s)"
-                    )
-            else:
+            if handle is None:
+                handle = self.placement.start(self.process, self.places[index])
+                question, asked = handle.ping.remote(), time.monotonic()
+            answered, _ = ray.wait([question], timeout=LOOK_EVERY_S)
+            now = time.monotonic()
+            if answered:
+                try:
+                    ray.get(question)
+                    return handle
+                except RayError as error:
+                    trouble = f"; the last process that was put there died: {reason(error)}"
+                    handle = None
+                    time.sleep(LOOK_EVERY_S)
+            elif now - asked >= self.starting_limit_s:
+                trouble = f"; the last process that was put there said nothing for {self.starting_limit_s:g} s"
                 ray.kill(handle)
-                continue
-            try:
-                ray.get(question)
-            except RayError as error:
-                trouble = f"; the last process that was put there died: {reason(error)}"
-                time.sleep(LOOK_EVERY_S)
-                continue
-            return handle
+                handle = None
+            if now - begun >= limit_s:
+                if handle is not None:
+                    ray.kill(handle)
+                raise ProcessLostError(
+                    f"{self.role} {index} was lost and finds no place again within {limit_s:g} s "
+                    f"(cluster.replace_timeout_s): it needs {needs} on one node; free now: {free(needs)}{trouble}"
+                )
+            if now - said >= SAY_EVERY_S:
+                said = now
+                self.recoveries.note(
+                    f"{self.role} {index} waits for a place: it needs {needs} on one node, free now: {free(needs)}; "
+                    f"the run gives up after {limit_s:g} s (cluster.replace_timeout_s){trouble}"
+                )
 
     def memory(self) -> Metrics:
         """Return the largest resident memory of a member so far, of those that answer at once."""

@@ -11,7 +11,7 @@ from actors.preflight import starts_at_reference
 from actors.prompts import PromptSource
 from actors.rollout import IntArray, Prompt
 from actors.supervised_rows import ptx_rows
-from cluster.best import BestPolicy
+from cluster.best import BEST_EXPORT, BestPolicy
 from cluster.carrying import carry, is_due
 from cluster.checkpoints import Checkpoint
 from cluster.console import StageProgress
@@ -82,7 +82,7 @@ class PPOTraining:
             seed=config.seed,
         )
         self.evaluator = Evaluator(config, held_out, partners.generators, partners.rewards, learners=partners.learners)
-        self.best = BestPolicy(config.evaluation, run.dir / "export" / "best", partners.learners.export)
+        self.best = BestPolicy(config.evaluation, run.dir / BEST_EXPORT, partners.learners.export)
         self.first: HeldOut | None = None
         self.last: HeldOut | None = None
         self.raised: Metrics = {}

@@ -116,5 +116,7 @@ def answer(ref: Any, *, who: str, what: str, timeout_s: float) -> Any:
 def reason(error: BaseException) -> str:
     """Return what an error of Ray's says, without its lines about itself and its list of common causes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any(line.startswith("File ") for line in lines):  # it could not be made: a traceback, and last what was raised
+        return lines[-1]
     telling = [line for line in lines if not line.startswith(("class_name", "actor_id", "pid", "namespace", "ip:"))]
     return " ".join(telling[:3]).split(" Some common causes")[0] or type(error).__name__

@@ -119,12 +119,20 @@ class Saver:
         except (CheckpointError, ProcessError, ConfigError) as error:
             self._failed(error)
             self._discard(writing.draft)
+        else:
+            self._drop_old()
 
     def give_up(self) -> None:
         """Let go of what is being written, by ranks that are no more."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self._discard(writing.draft)
+
+    def _drop_old(self) -> None:
+        try:
+            self.checkpoints.drop_old()
+        except (CheckpointError, ConfigError) as error:  # the latter: it was written by another version
+            self.note(f"a checkpoint that is no longer needed stays: {error}")
 
     def _discard(self, draft: Draft) -> None:
         try:

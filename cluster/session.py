@@ -78,6 +78,8 @@ def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[
 @contextmanager
 def _started(cluster: ClusterConfig, generator: GeneratorConfig, device: str) -> Iterator[None]:
     processes = plan(cluster, generator, device=device, roles=("generator", "reward", "learner"))
+    # With a process that is killed its own children go, such as vLLM's engine, which else keeps the memory of its GPU.
+    os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
     with own_token():
         try:
             _init(

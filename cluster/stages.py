@@ -43,7 +43,8 @@ def run(config: Config, run_dir: Path, *, checkpoints: Checkpoints, resume: Chec
     stop = StopRequest(grace_s=config.cluster.grace_s, note=console.note)
     saver = Saver(checkpoints, note=console.note)
     config = with_data(config, run_dir / "data")
-    again = f"go on with the same command, run.dir={run_dir} and resume=auto"
+    again = f"go on with the same command, run.dir={run_dir} and resume="
+    where = "auto" if resume is None or checkpoints.owns(resume) else config.resume
     try:
         with (
             stop.listening(),
@@ -54,30 +55,31 @@ def run(config: Config, run_dir: Path, *, checkpoints: Checkpoints, resume: Chec
                 resolved_config=dataclasses.asdict(config),
                 resume_at=resume.state["tracker"] if resume is not None and checkpoints.owns(resume) else None,
             ) as tracker,
-            ray_session(config.cluster, config.generator) as session,
         ):
-            recoveries = Recoveries(limit=config.cluster.max_recoveries, note=console.note)
-            run = Run(config, run_dir, session, tracker, console, saver, recoveries, stop)
             handover = Handover.at_start(config)
             if resume is not None:
                 handover = Handover.from_plain(moved(resume))
-                if not checkpoints.owns(resume):
-                    resume = checkpoints.adopt(resume, adopted_state(run, resume, handover))
+                if not checkpoints.owns(resume):  # first of all: whatever comes, from here on it is this run's
+                    resume = checkpoints.adopt(resume, adopted_state(run_dir, tracker, resume, handover))
+                    where = "auto"
                 saver.went_back_to(resume)
-            for stage in config.stages if resume is None else config.stages[config.stages.index(resume.stage) :]:
-                taken_up = resume if resume is not None and resume.stage == stage else None
-                if taken_up is None:
-                    saver.save(stage, None, partial(saved_state, run, stage, handover, None))
-                handover = STAGES[stage](run, handover, taken_up)
+            with ray_session(config.cluster, config.generator) as session:
+                recoveries = Recoveries(limit=config.cluster.max_recoveries, note=console.note)
+                run = Run(config, run_dir, session, tracker, console, saver, recoveries, stop)
+                for stage in config.stages if resume is None else config.stages[config.stages.index(resume.stage) :]:
+                    taken_up = resume if resume is not None and resume.stage == stage else None
+                    if taken_up is None:
+                        saver.save(stage, None, partial(saved_state, run, stage, handover, None))
+                    handover = STAGES[stage](run, handover, taken_up)
     except (KeyboardInterrupt, SystemError):  # what `Stopped` becomes in the midst of others' code
         if stop.stopped is None:
             raise
         saved = "everything up to here is saved" if saver.is_current else "what came after the last checkpoint is lost"
-        console.note(f"stopped by {stop.stopped}; {saved}; {again}")
+        console.note(f"stopped by {stop.stopped}; {saved}; {again}{where}")
         return stop.stopped.exit_code(saved=saver.is_current)
     except (ProcessError, NothingToLearnError, CheckpointError, OSError) as error:
         console.note(
-            f"the run failed: {error}\nwhat there is so far is in {run_dir}; once the cause is mended, {again}"
+            f"the run failed: {error}\nwhat there is so far is in {run_dir}; once the cause is mended, {again}{where}"
         )
         return 1
     report(config, run_dir, handover, console)

@@ -20,7 +20,7 @@ from cluster.driver import Metrics
 from cluster.faults import LearnersLostError, ProcessError, ProcessLostError
 from cluster.generators import WRONG_AGAIN, GeneratorGroup
 from cluster.learners import LearnerGroup
-from cluster.members import Members
+from cluster.members import Members, Patience
 from cluster.processes import reason
 
 LOOK_S = 0.2  # how long one side is looked at before the other
@@ -130,14 +130,14 @@ class VerifiedWeightSync:
         """
         receivers = Waiting(self.generators.members, receiving, kill_failed=True)
         senders = Waiting(self.learners.members, sending, kill_failed=False)
-        start, late = time.monotonic(), f"it has not finished in {self.timeout_s:g} s"
+        patience, late = Patience(self.timeout_s), f"it has not finished in {self.timeout_s:g} s"
         while receivers.calls or senders.calls:
             receivers.look()
             senders.look()
-            waited = time.monotonic() - start
-            if waited > self.timeout_s + GRACE_S:
+            patience.look()
+            if patience.waited_s > self.timeout_s + GRACE_S:
                 receivers.give_up(late)  # whereupon the senders hear that the connection is broken
-            if waited > self.timeout_s + 2 * GRACE_S:
+            if patience.waited_s > self.timeout_s + 2 * GRACE_S:
                 senders.give_up(late)
         return Failures(*(dict(sorted(side.failed.items())) for side in (receivers, senders)))
 

@@ -233,7 +233,7 @@ def _check_run_dir(config: Config) -> None:
     if config.resume == "auto" or (config.resume != "never" and is_same_run(Path(config.resume), folder)):
         return
     for name in RESULTS:
-        if (folder / name).exists():
+        if _holds_something(folder / name):
             remedy = f"holds the {name} of another run, which would be overwritten; name another folder"
             raise ConfigError("run.dir", str(folder), f"{remedy}, or set resume=auto to go on with that run")
 
@@ -241,10 +241,13 @@ def _check_run_dir(config: Config) -> None:
 def check_nothing_recorded(folder: Path) -> None:
     """Raises ConfigError if the run folder, in which there is no checkpoint, holds results that would be lost."""
     for name in RESULTS:
-        path = folder / name
-        if (path.is_file() and path.stat().st_size) or (path.is_dir() and any(path.iterdir())):
+        if _holds_something(folder / name):
             remedy = f"holds {name}, but no checkpoint to go on from; name another folder, or move it away"
             raise ConfigError("run.dir", str(folder), remedy)
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size > 0
 
 
 def is_same_run(checkpoint: Path, folder: Path) -> bool:

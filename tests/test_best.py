@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.best import BestPolicy
+from cluster.best import BestPolicy, taken_over
 from conf.schema import EvaluationConfig
 
 
@@ -136,3 +136,26 @@ def test_what_a_run_that_was_killed_has_left_is_no_hindrance(tmp_path: Path) -> 
     best.offer(1, {"eval/score_mean": 2.0})
     assert kept(tmp_path)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_the_best_policy_of_another_run_is_taken_over_with_its_checkpoint(tmp_path: Path) -> None:
+    theirs, _ = make(tmp_path / "theirs")
+    theirs.offer(0, {"eval/score_mean": 1.0})
+    theirs.offer(1, {"eval/score_mean": 3.0})
+    (tmp_path / "ours").mkdir()
+    state = taken_over(theirs.state(), tmp_path / "theirs" / "best", tmp_path / "ours" / "best")
+    assert kept(tmp_path / "ours") == kept(tmp_path / "theirs")
+    ours, _ = make(tmp_path / "ours")
+    ours.load_state(state)
+    assert ours.offer(2, {"eval/score_mean": 2.0}) == {"eval/best": 3.0}
+
+
+def test_a_best_policy_that_has_given_way_to_a_later_one_is_not_taken_over(tmp_path: Path) -> None:
+    theirs, _ = make(tmp_path / "theirs")
+    theirs.offer(1, {"eval/score_mean": 3.0})
+    before = theirs.state()
+    theirs.offer(2, {"eval/score_mean": 4.0})
+    state = taken_over(before, tmp_path / "theirs" / "best", tmp_path / "ours" / "best")
+    ours, _ = make(tmp_path / "ours")
+    ours.load_state(state)
+    assert ours.offer(3, {"eval/score_mean": 2.0}) == {"eval/best": 2.0}, "the best of those that there are"

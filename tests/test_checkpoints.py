@@ -43,7 +43,9 @@ def shards_of(draft: Draft, *, ranks: int = 2) -> list[dict[str, tuple[int, str]
 
 def publish(checkpoints: Checkpoints, step: int | None, *, stage: str = "ppo", **settings: Any) -> Checkpoint:
     draft = checkpoints.begin(stage, step)
-    return draft.publish(settings.pop("state", {"step": step}), shards=shards_of(draft), **settings)
+    published = draft.publish(settings.pop("state", {"step": step}), shards=shards_of(draft), **settings)
+    checkpoints.drop_old()
+    return published
 
 
 def names(folder: Path) -> list[str]:

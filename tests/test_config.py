@@ -446,9 +446,8 @@ def test_every_experiment_is_let_through(experiment: str) -> None:
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "summary.json", "checkpoints", "export"])
 def test_results_of_another_run_are_never_overwritten(tmp_path: Path, name: str) -> None:
     check(config_of(*PPO, f"run.dir={tmp_path}"))
-    (tmp_path / name).touch()
+    (tmp_path / name).write_text("what it has found out")
     assert f"holds the {name} of another run" in unusable(*PPO, f"run.dir={tmp_path}")
-
     assert "or set resume=auto to go on with that run" in unusable(*PPO, f"run.dir={tmp_path}")
     check(config_of(*PPO, f"run.dir={tmp_path}", "resume=auto"))
 
@@ -480,7 +479,7 @@ def test_a_run_goes_on_in_its_own_folder_or_in_a_new_one(run_folder: Path, monke
     for path in ("run", "run/checkpoints/ppo-000010", f"{run_folder}/checkpoints/ppo-000010/"):
         check(config_of(*paths, f"resume={path}", "run.dir=run"))
         check(config_of(*paths, f"resume={path}", "run.dir=new"))
-    (run_folder.parent / "other" / "export").mkdir(parents=True)
+    (run_folder.parent / "other" / "export" / "policy").mkdir(parents=True)
     assert "holds the export of another run" in unusable(*paths, "resume=run", "run.dir=other")
     (run_folder / "checkpoints" / "ppo-000010").rename("a copy")
     check(config_of(*paths, "resume=a copy", "run.dir=new"))

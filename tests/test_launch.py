@@ -20,6 +20,7 @@ import launch
 from actors.preflight import preflight
 from cluster.checkpoints import Checkpoints
 from cluster.identity import identity_of
+from cluster.run import Handover
 from cluster.run_lock import run_lock
 from conf.load import load_config
 from conf.schema import Config, ConfigError
@@ -172,7 +173,7 @@ def test_each_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_folder_of_another_run_is_refused(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     done = command(*job(folder, f"run.dir={tmp_path}"))
     assert done.returncode == 2
     assert f"run.dir='{tmp_path}': holds the metrics.jsonl of another run" in done.stderr
@@ -217,6 +218,30 @@ def test_a_folder_that_another_run_works_in_is_refused(
         with run_lock(tmp_path):
             assert launch.main(job(folder, f"run.dir={tmp_path}", f"resume={resume}")) == 2
         assert f"process {os.getpid()} on" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_taken_over_before_anything_that_may_fail(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    arguments = job(folder, f"run.dir={ours}", f"resume={theirs}", "cluster.address=127.0.0.1:1")
+    handover = Handover.at_start(load_config(arguments)).to_plain()
+    tracker: dict[str, Any] = {"files": {}, "steps": {}, "wandb": None}
+    state = {"run_dir": str(theirs), "asked_steps": 1, "handover": handover, "tracker": tracker, "stage": None}
+    checkpoints_of(theirs, arguments).begin("ppo", None).publish(state, shards=[])
+    assert launch.main(arguments) == 2
+    assert "cluster.address='127.0.0.1:1'" in capsys.readouterr().err
+    taken_over = checkpoints_of(ours, arguments).newest(print)
+    assert taken_over is not None
+    assert (taken_over.stage, taken_over.state["run_dir"]) == ("ppo", str(ours))
+
+
+def test_an_empty_record_is_no_run_that_would_be_overwritten(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    assert launch.main(job(folder, f"run.dir={tmp_path}", "cluster.address=127.0.0.1:1")) == 2
+    assert "cluster.address='127.0.0.1:1'" in capsys.readouterr().err
 
 
 def test_results_without_a_checkpoint_are_not_overwritten(

@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from cluster.faults import ProcessError, ProcessLostError
-from cluster.members import Members
+from cluster.members import Members, Patience
 from cluster.placement import Bundle, reserve
 from cluster.processes import Placement, Process
 from cluster.recoveries import Recoveries
@@ -64,6 +64,18 @@ def make(placement: Placement) -> Iterator[Callable[..., Members]]:
 def pid_of(members: Members, index: int) -> int:
     pid: int = ray.get(members.handles[index].ping.remote(), timeout=20)
     return pid
+
+
+def test_time_in_which_nobody_looks_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("cluster.members.time.monotonic", lambda: now)
+    patience = Patience(10.0)
+    now += 1.5
+    assert patience.look() == 8.5
+    now += 3600.0  # this process was suspended
+    assert patience.look() == 6.5
+    now += 1.0
+    assert (patience.look(), patience.waited_s) == (5.5, 4.5)
 
 
 def test_a_process_that_works_is_not_lost_unless_it_takes_too_long(make: Callable[..., Members]) -> None:
@@ -123,3 +135,24 @@ def test_one_that_finds_no_place_is_given_up_and_says_what_it_needs(
     with pytest.raises(ProcessLostError, match=r"finds no place again within 4 s .*needs \{'CPU': 1.0\}"):
         members.replace({0: "it died"}, what="testing")
     ray.kill(squatter)
+
+
+def test_a_place_where_every_process_dies_at_once_is_given_up_with_the_cause(
+    placement: Placement, tmp_path: Path
+) -> None:
+    marker = tmp_path / "broken"
+
+    class Fragile(Process):
+        def __init__(self) -> None:
+            if marker.exists():
+                raise OSError("no file or folder of this name on this node")
+
+    limits = replace(LIMITS, replace_timeout_s=4.0)
+    recoveries = Recoveries(limit=2, note=lambda text: None)
+    members = Members(placement, Fragile, "reward", begin=None, limits=limits, recoveries=recoveries)
+    pid_of(members, 0)
+    marker.touch()
+    with pytest.raises(ProcessLostError, match=r"finds no place again within 4 s .*died: .*no file or folder"):
+        members.replace({0: "it died"}, what="testing")
+    for index in range(len(members)):
+        members.end(index)

@@ -133,6 +133,9 @@ def test_a_token_is_sent_and_never_shown(server: RewardServer, monkeypatch: pyte
         asked(f"{server.url}/score?key=hidden".replace("http://", "http://user:word@"))
     assert f"{KEY}.url {server.url}/score answered something else" in str(caught.value)
     assert not any(secret in str(caught.value) for secret in ("s3cret", "hidden", "word"))
+    monkeypatch.setattr(server, "answer", lambda body: {"scores": ["Bearer s3cret"] * 4})
+    faults = asked(server.url)
+    assert all(isinstance(fault, Fault) and "answered 'Bearer ...'" in fault.message for fault in faults)
     monkeypatch.setenv(TOKEN_VARIABLE, "s3c\nret")
     with pytest.raises(ConfigError, match=TOKEN_VARIABLE) as refused:
         asked(server.url)

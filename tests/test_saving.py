@@ -62,6 +62,18 @@ def test_a_disk_that_is_full_when_it_is_published_leaves_the_one_before(tmp_path
     assert not (tmp_path / "checkpoints" / ".ppo-000002.writing").exists()
 
 
+def test_an_old_one_that_cannot_be_removed_is_said_and_the_new_one_counts(tmp_path: Path) -> None:
+    notes: list[str] = []
+    saver = make(tmp_path / "checkpoints", notes)
+    saver.save("ppo", 1, lambda: {"stage": {}})
+    (tmp_path / "checkpoints" / ".ppo-000001.dropped").touch()
+    saver.save("ppo", 2, lambda: {"stage": {}})
+    assert "a checkpoint that is no longer needed stays" in notes[0]
+    assert "ppo-000001 could not be removed" in notes[0]
+    assert saver.is_current
+    assert saver.metrics()["recoveries/checkpoints_failed"] == 0
+
+
 def test_a_run_is_saved_up_to_here_only_if_its_last_step_is_published(tmp_path: Path) -> None:
     saver = make(tmp_path / "checkpoints", [])
     assert saver.is_current, "nothing is done yet"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.reward_http import ANSWER_BYTES, HTTPReward
+from actors.reward_http import ANSWER_BYTES, TOKEN_VARIABLE, HTTPReward
 from actors.reward_source import SourceError
 from actors.rollout import Prompt, Rollout, ScoredRollout
 from conf.schema import (
@@ -76,6 +76,13 @@ def drop_by_drop(connection: socket.socket) -> None:
         time.sleep(0.05)
 
 
+def header_by_header(connection: socket.socket) -> None:
+    connection.sendall(HEAD)
+    for number in range(1000):
+        connection.sendall(f"X-{number}: 1\r\n".encode())
+        time.sleep(0.05)
+
+
 def without_end(connection: socket.socket) -> None:
     connection.sendall(HEAD + b"\r\n")
     while True:
@@ -97,7 +104,7 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-@pytest.mark.parametrize("talk", [drop_by_drop, never])
+@pytest.mark.parametrize("talk", [drop_by_drop, header_by_header, never])
 def test_a_server_that_does_not_come_to_an_end_is_late(talk: Talk) -> None:
     start = time.monotonic()
     with talking(talk) as url, pytest.raises(SourceError, match=r"did not answer within 0\.5 s; raise reward\.sources"):
@@ -109,6 +116,21 @@ def test_an_answer_without_end_is_cut_off() -> None:
     with talking(without_end) as url, pytest.raises(SourceError, match=r"answered more than 1049600 bytes for 1 texts"):
         asked(url, timeout_s=60)
     assert ANSWER_BYTES + 1024 == 1049600
+
+
+def token_in_json(connection: socket.socket) -> None:
+    body = rb'{"you sent": "Bearer s3\/cret"}'  # as some languages write a slash
+    connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+def test_a_token_that_is_sent_back_is_hidden_however_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "s3/cret")
+    with (
+        talking(token_in_json) as url,
+        pytest.raises(SourceError, match=r"something else than .*Bearer \.\.\.") as caught,
+    ):
+        asked(url, timeout_s=5)
+    assert "cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])
