@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,14 +48,22 @@ class LaunchedRun:
         environment: dict[str, str] | None = None,
     ) -> None:
         """`overrides` come after `settings`, and win."""
-        self.dir, self.mark = run_dir, uuid.uuid4().hex
-        self.log = run_dir.with_name(f"{run_dir.name}.{self.mark[:6]}.log")
+        self.dir, self.mark = run_dir, new_mark()
+        self.log = run_dir.with_name(f"{run_dir.name}.{self.mark}.log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "launch.py", *settings, f"run.dir={run_dir}", *overrides],
+                [
+                    "prlimit",
+                    f"--msgqueue={self.mark}",
+                    sys.executable,
+                    "launch.py",
+                    *settings,
+                    f"run.dir={run_dir}",
+                    *overrides,
+                ],
                 cwd=PROJECT,
-                env=os.environ | ENVIRONMENT | {"MANTA_TEST_MARK": self.mark} | (environment or {}),
+                env=os.environ | ENVIRONMENT | (environment or {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -75,7 +83,7 @@ class LaunchedRun:
         assert self.end(seconds=seconds) == 0, self.output
 
     def processes(self) -> dict[int, str]:
-        """Return the processes that inherited the mark in their environment: the driver, Ray's, vLLM's, the ranks."""
+        """Return the processes of the run: the driver, Ray's, vLLM's, the ranks, and whatever these start."""
         return marked_processes(self.mark)
 
     def pids(self, kind: str) -> list[int]:
@@ -138,17 +146,33 @@ def launched(
         run.process.wait(30)
 
 
-def marked_processes(mark: str) -> dict[int, str]:
-    """Return the processes with the mark in their environment, with their titles."""
+def new_mark() -> int:
+    """Return a number that no other run has now: as a limit of message queues, which nobody uses, all inherit it.
+
+    An environment variable would not do: a process that gives itself a title, as Ray's do, writes over them.
+    """
+    taken = {mark_of(int(folder.name)) for folder in Path("/proc").iterdir() if folder.name.isdigit()}
+    return random.SystemRandom().choice([mark for mark in range(100_000, 800_000) if mark not in taken])
+
+
+def mark_of(pid: int) -> int | None:
+    """Return the limit of message queues of a process, in bytes; None if it has ended, or has no limit."""
+    try:
+        limits = Path(f"/proc/{pid}/limits").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max msgqueue size"))
+    limit = line.split()[3]
+    return int(limit) if limit.isdigit() else None
+
+
+def marked_processes(mark: int) -> dict[int, str]:
+    """Return the processes with the mark, with their titles; not those that have ended and are not waited for yet."""
     found = {}
     for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            if f"MANTA_TEST_MARK={mark}".encode() in (folder / "environ").read_bytes():
+        if folder.name.isdigit() and mark_of(int(folder.name)) == mark:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it ended while it was looked at
     return {pid: command for pid, command in found.items() if command}
 
 
