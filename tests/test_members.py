@@ -62,7 +62,7 @@ def make(placement: Placement) -> Iterator[Callable[..., Members]]:
 
 
 def pid_of(members: Members, index: int) -> int:
-    pid: int = ray.get(members.handles[index].ping.remote(), timeout=20)
+    pid: int = ray.get(members.handles[index].ping.remote(), timeout=60)
     return pid
 
 
@@ -114,7 +114,7 @@ def test_one_that_dies_while_it_starts_is_started_again(make: Callable[..., Memb
     members = make(marker=tmp_path / "died")
     members.wait_begun()
     assert members.recoveries.metrics()["recoveries/reward"] >= 1
-    assert ray.get([handle.sleep.remote(0.0) for handle in members.handles], timeout=20) == [0.0, 0.0]
+    assert ray.get([handle.sleep.remote(0.0) for handle in members.handles], timeout=60) == [0.0, 0.0]
 
 
 def test_one_that_dies_too_often_ends_the_run_with_the_cause(make: Callable[..., Members]) -> None:
@@ -131,7 +131,7 @@ def test_one_that_finds_no_place_is_given_up_and_says_what_it_needs(
     members.wait_begun()
     members.end(0)
     squatter = placement.start(Worker, placement.bundles[0])
-    assert ray.get(squatter.ping.remote(), timeout=20)
+    assert ray.get(squatter.ping.remote(), timeout=60)
     with pytest.raises(ProcessLostError, match=r"finds no place again within 4 s .*needs \{'CPU': 1.0\}"):
         members.replace({0: "it died"}, what="testing")
     ray.kill(squatter)

@@ -96,9 +96,9 @@ def test_a_rank_that_fails_is_an_error_though_the_others_wait_for_it(
 
 def test_a_group_that_is_restarted_has_new_ranks_and_not_endlessly(make: Callable[..., RankGroup]) -> None:
     group = make("export", "export")
-    before = ray.get([handle.ping.remote() for handle in group.members.handles], timeout=20)
+    before = ray.get([handle.ping.remote() for handle in group.members.handles], timeout=60)
     group.restart("a rank was lost")
-    after = ray.get([handle.ping.remote() for handle in group.members.handles], timeout=20)
+    after = ray.get([handle.ping.remote() for handle in group.members.handles], timeout=60)
     assert not set(before) & set(after)
     group.export(Path())
     with pytest.raises(ProcessError, match="the first was: a rank was lost"):
