@@ -95,11 +95,19 @@ class LaunchedRun:
         self.await_that(lambda: reached(self.dir, stage, step), f"step {step} of {stage}", seconds=seconds)
 
     def await_call(self, method: str, *, seconds: float = 240) -> int:
-        """Return the process in which a method runs, such as RankProcess.update, as soon as one is seen in it."""
+        """Return the process in which a method runs, such as RankProcess.update, as soon as one is seen in it.
+
+        Which processes of that kind there are is looked up only every second, so that looking costs the run little.
+        """
+        kind, listed_s = f"ray::{method.partition('.')[0]}", 0.0
+        there: list[int] = []
         found: list[int] = []
 
         def seen() -> bool:
-            found[:] = self.pids(f"ray::{method}")
+            nonlocal listed_s
+            if time.monotonic() - listed_s >= 1:
+                there[:], listed_s = self.pids(kind), time.monotonic()
+            found[:] = [pid for pid in there if title_of(pid).startswith(f"ray::{method}")]
             return bool(found)
 
         self.await_that(seen, f"a call of {method}", seconds=seconds, every=0.002)
@@ -174,6 +182,14 @@ def marked_processes(mark: int) -> dict[int, str]:
             with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
                 found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
     return {pid: command for pid, command in found.items() if command}
+
+
+def title_of(pid: int) -> str:
+    """Return the title of a process, which for Ray's names the call that runs; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:

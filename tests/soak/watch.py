@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.checkpoint_files import position
-from tests.runs import LaunchedRun
+from tests.runs import LaunchedRun, title_of
 
 ROLES = {"generator": "ray::GeneratorProcess", "reward": "ray::RewardProcess", "learner": "ray::RankProcess"}
 LOOK_S, MEMORY_S, LIST_S = 0.5, 5.0, 1.0
@@ -189,10 +189,3 @@ def state_of(pid: int) -> str:
 def stat_of(pid: int) -> list[str]:
     """Return the fields of /proc/PID/stat from the third one on, the state."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-
-
-def title_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
