@@ -12,7 +12,7 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
-else  # two files at a time; the runs of the whole system last, which wait as much as they compute
+else  # two files at a time; the runs of the whole system last
 	$(BIN)/python -m pytest -m "not system" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m system --numprocesses 2 --dist loadfile
 endif

@@ -271,7 +271,7 @@ class PPODriver:
                 learned = self.learners.update(hands, kl_coef=self.kl.coef, seed=seed, step=self.step)
             with watch.time("sync_s"):
                 synced = self.sync.push(self.step + 1)
-        # Before that the policy does not move, whatever the coefficient.
+        # While the critic warms up, the policy does not move, whatever the coefficient.
         if self.step >= self.algorithm.critic_warmup_steps:
             self.kl = self.kl.updated(learned["objective/kl"], num_rollouts=len(shaped))
         self.step += 1
