@@ -37,6 +37,7 @@ class Pretender:
                 os._exit(1)
             case "be silent":
                 os.kill(os.getpid(), signal.SIGSTOP)
+                time.sleep(120)  # another thread may take the signal, and this one return before it is stopped
             case "fail":
                 raise RuntimeError("the disk is on fire")
             case "hear that another is gone":
