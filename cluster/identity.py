@@ -22,8 +22,8 @@ from conf.schema import STAGES, Config
 
 FREE_TO_CHANGE = (
     "Free to change are run, resume, checkpoint, tracking, monitors, cluster, generator's and learner's use of memory "
-    "(but learner.offload_optimizer), retries and time limits of rewards, and algorithm.num_steps upwards where no "
-    "learning rate depends on it"
+    "(but learner.offload_optimizer), retries and time limits of rewards, url and concurrency of their sources, and "
+    "algorithm.num_steps upwards where no learning rate depends on it"
 )
 SMALL = 1 << 20  # bytes; a file below is read whole
 BLOCK, NUM_BLOCKS = 1 << 16, 64  # of a larger file, evenly spread, the first and the last among them

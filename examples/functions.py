@@ -1,4 +1,7 @@
-"""Reward functions to start from; `reward.function=examples.functions:brevity learner.critic_init=policy` uses one."""
+"""Reward functions to start from.
+
+One is used with 'reward.sources=[{type: function, function: examples.functions:brevity}]' learner.critic_init=policy.
+"""
 
 from __future__ import annotations
 

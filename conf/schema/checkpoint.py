@@ -9,7 +9,7 @@ from conf.schema.rules import at_least
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 10  # steps of a stage between checkpoints; 0: only when the run is asked to stop
+    every: int = 10  # steps of a stage between checkpoints; 0: at its ends, at a new best, and when asked to stop
     keep: int = 2  # the newest so many stay, and beside them that of the best step
 
     def __post_init__(self) -> None:
