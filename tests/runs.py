@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -72,14 +73,14 @@ class LaunchedRun:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def end(self, *, seconds: float = 300) -> int:
+    def end(self, *, seconds: float = 900) -> int:
         """Return its exit code. Raises AssertionError with its output if it does not end."""
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {seconds} s:\n{self.output}") from None
 
-    def succeed(self, *, seconds: float = 300) -> None:
+    def succeed(self, *, seconds: float = 900) -> None:
         assert self.end(seconds=seconds) == 0, self.output
 
     def processes(self) -> dict[int, str]:
@@ -126,7 +127,7 @@ class LaunchedRun:
         self.process.wait(30)
         self.assert_nothing_left(but=AGENTS)
 
-    def assert_nothing_left(self, *, but: tuple[str, ...] = (), seconds: float = 30) -> None:
+    def assert_nothing_left(self, *, but: tuple[str, ...] = (), seconds: float = 90) -> None:
         def left() -> list[str]:
             return [title for title in self.processes().values() if not title.startswith(but or "\n")]
 
@@ -164,14 +165,13 @@ def new_mark() -> int:
 
 
 def mark_of(pid: int) -> int | None:
-    """Return the limit of message queues of a process, in bytes; None if it has ended, or has no limit."""
+    """Return the limit of message queues of a process, in bytes; None if it ends, has ended, or has no limit."""
     try:
         limits = Path(f"/proc/{pid}/limits").read_text()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return None
-    (line,) = (line for line in limits.splitlines() if line.startswith("Max msgqueue size"))
-    limit = line.split()[3]
-    return int(limit) if limit.isdigit() else None
+    found = re.search(r"^Max msgqueue size +(\d+) ", limits, re.MULTILINE)  # of a process that ends there is no text
+    return None if found is None else int(found[1])
 
 
 def marked_processes(mark: int) -> dict[int, str]:

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +82,12 @@ def refused(folder: Path, *changes: str) -> str:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["--cfg", "job", "experiment=quickstart"]])
-def test_help_and_settings_answer_within_two_seconds(arguments: list[str]) -> None:
-    def seconds() -> float:
-        start = time.perf_counter()
-        assert command(*arguments).returncode == 0
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(3)) < 2
+def test_help_and_settings_are_answered_without_the_heavy_libraries(arguments: list[str]) -> None:
+    heavy = ("torch", "vllm", "ray", "deepspeed", "transformers", "datasets", "numpy")
+    code = f"import launch, sys; assert launch.main({arguments}) == 0; assert not set({heavy}) & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_the_help_names_every_group_and_option() -> None:

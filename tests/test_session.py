@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import ray
@@ -14,6 +13,7 @@ import ray
 from cluster.session import ray_session
 from conf.schema import ClusterConfig, GeneratorConfig
 from tests.runs import wait_for
+from tests.soak.watch import state_of
 
 pytestmark = pytest.mark.ray
 
@@ -32,4 +32,4 @@ def test_with_a_process_that_is_killed_its_children_go() -> None:
         (pid, one), (_, other) = ray.get([killed.child.remote(), ended.child.remote()], timeout=60)
         os.kill(pid, signal.SIGKILL)
         ray.kill(ended)
-        assert wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in (one, other)), seconds=30)
+        assert wait_for(lambda: all(state_of(child) in ("Z", "X") for child in (one, other)), seconds=60)

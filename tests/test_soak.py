@@ -35,7 +35,7 @@ from tests.soak.watch import (
     Seen,
     age_of,
     kind_of,
-    pss_mib,
+    own_mib,
     state_of,
 )
 
@@ -107,7 +107,7 @@ def test_rows_are_seen_as_they_come_and_again_after_the_file_was_cut(tmp_path: P
 
 
 def test_processes_are_looked_at_in_proc() -> None:
-    assert pss_mib(os.getpid()) > 5
+    assert own_mib(os.getpid()) > 5
     assert 0 < age_of(os.getpid()) < 3600 * 24
     assert state_of(os.getpid()) == "R"
     assert state_of(2**22 + 1) == "X"
@@ -145,31 +145,38 @@ def memory(
 
 def test_memory_is_that_of_minutes_10_to_20_beside_the_last_ten() -> None:
     samples = memory("generator", [900.0] * 10 + [100.0] * 10 + [900.0] * 30 + [104.0] * 10)
-    assert growths(samples, end_s=60 * MINUTES)["generator"].percent == pytest.approx(4.0)
+    assert growths(samples, begin_s=600.0, end_s=60 * MINUTES)["generator"].percent == pytest.approx(4.0)
     young = memory("generator", [5000.0] * 60, pid=2)
     young = [dataclasses.replace(sample, age_s=29.0) for sample in young]
-    assert growths(samples + young, end_s=60 * MINUTES)["generator"].percent == pytest.approx(4.0)
+    assert growths(samples + young, begin_s=600.0, end_s=60 * MINUTES)["generator"].percent == pytest.approx(4.0)
+
+
+def test_what_comes_before_the_last_stage_and_what_is_suspended_does_not_count() -> None:
+    samples = memory("learner", [400.0] * 15 + [500.0] * 45)
+    assert growths(samples, begin_s=900.0, end_s=60 * MINUTES)["learner"].percent == pytest.approx(0.0)
+    still = [dataclasses.replace(sample, suspended=True) for sample in memory("learner", [50.0] * 25, pid=2)]
+    assert growths(samples + still, begin_s=900.0, end_s=60 * MINUTES)["learner"].percent == pytest.approx(0.0)
 
 
 def test_a_process_fewer_is_no_less_memory_but_one_of_rays_own_is() -> None:
     for kind, percent in (("generator", 0.0), ("ray", 100.0)):
         second = memory(kind, [100.0] * 20, pid=2, begin=60.0 * 40)
         samples = memory(kind, [100.0] * 60) + second
-        assert growths(samples, end_s=60 * MINUTES)[kind].percent == pytest.approx(percent)
+        assert growths(samples, begin_s=600.0, end_s=60 * MINUTES)[kind].percent == pytest.approx(percent)
 
 
 def test_a_driver_is_followed_within_its_longest_life() -> None:
     before = memory("driver", [50.0] * 10, leg=0)
     longest = memory("driver", [100.0] * 5 + [105.0] * 10 + [110.0] * 5, leg=1, begin=600.0)
     after = memory("driver", [300.0] * 10, leg=2, begin=1800.0)
-    growth = growths(before + longest + after, end_s=60 * MINUTES)["driver"]
+    growth = growths(before + longest + after, begin_s=600.0, end_s=60 * MINUTES)["driver"]
     assert (growth.early_mib, growth.late_mib) == (100.0, 110.0)
     assert growth.percent == pytest.approx(10.0)
 
 
 def test_a_short_soak_says_nothing_of_growth() -> None:
     samples = memory("generator", [100.0] * 4) + memory("driver", [100.0] * 4)
-    assert [growth.percent for growth in growths(samples, end_s=240.0).values()] == [None, None]
+    assert [growth.percent for growth in growths(samples, begin_s=600.0, end_s=240.0).values()] == [None, None]
 
 
 def observed() -> Observed:

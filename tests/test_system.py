@@ -13,7 +13,7 @@ from tests.runs import PROJECT, launched, metrics_of
 from tests.test_metrics_page import conditional_keys, documented_keys, logged_keys
 from tests.test_reward_http import serving
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
 TWO_OF_EACH = ("cluster.num_generators=2", "cluster.num_learners=2")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (shared / "undisturbed.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (run_dir / "summary.json").exists():
+            shutil.rmtree(run_dir, ignore_errors=True)  # of one that failed
             with launched(run_dir, *SETTINGS) as run:
                 run.succeed()
     return run_dir

@@ -14,7 +14,7 @@ from ray.cluster_utils import Cluster
 from tests.faults.conftest import SETTINGS
 from tests.runs import LaunchedRun, launched, metrics_of, reproducible
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 ROLES = ("ray::GeneratorProcess", "ray::RankProcess", "ray::RewardProcess")
 
 
@@ -37,7 +37,11 @@ def processes_below(run: LaunchedRun, raylet: int) -> list[str]:
 
 
 def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    """Return the parent's number, 0 for a process that has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def all_processes() -> dict[int, str]:
@@ -63,6 +67,6 @@ def test_what_was_on_a_lost_node_moves_to_another(cluster: Any, undisturbed: Pat
         lost = max(nodes, key=lambda node: len(processes_below(run, raylet_of(node))))
         assert processes_below(run, raylet_of(lost))
         os.kill(raylet_of(lost), signal.SIGKILL)
-        run.succeed(seconds=300)
+        run.succeed()
     assert "is lost" in run.output
     assert reproducible(run.metrics()) == reproducible(metrics_of(undisturbed))

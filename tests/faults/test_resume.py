@@ -9,7 +9,7 @@ import pytest
 from tests.faults.conftest import SETTINGS
 from tests.runs import launched, metrics_of, reached, reproducible, weights_of
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(2400)]
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_same_run(undisturbed: Path, tmp_path: Path) -> None:

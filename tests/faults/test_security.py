@@ -193,18 +193,18 @@ def test_a_request_that_is_none_is_answered_and_does_no_harm(head: str, body: by
 
 def test_a_client_that_is_slow_is_let_go() -> None:
     with (
-        serving(RewardServer(ones, client_timeout_s=0.3)) as server,
+        serving(RewardServer(ones, client_timeout_s=2.0)) as server,
         socket.create_connection(server.server_address[:2], timeout=10) as client,  # type: ignore[arg-type]
     ):
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
         start = time.monotonic()
         assert b" 408 " in client.recv(1000)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
 
 
 def test_a_client_that_sends_drop_by_drop_is_let_go() -> None:
     with (
-        serving(RewardServer(ones, client_timeout_s=0.5)) as server,
+        serving(RewardServer(ones, client_timeout_s=2.0)) as server,
         socket.create_connection(server.server_address[:2], timeout=10) as client,  # type: ignore[arg-type]
     ):
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")

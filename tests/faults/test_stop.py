@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import SETTINGS
 from tests.runs import launched, metrics_of, reproducible
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 ONE_OF_EACH = (
     *SETTINGS,
     "checkpoint.every=0",
@@ -63,7 +63,7 @@ def test_sigterm_and_ctrl_c_save_first_and_a_second_ctrl_c_leaves_at_once(
 @pytest.mark.parametrize("sign", ["gcs_server", "ray::RankProcess"], ids=["while Ray starts", "while ranks start"])
 def test_sigterm_before_the_first_step_leaves_nothing(sign: str, tmp_path: Path) -> None:
     with launched(tmp_path / "run", *ONE_OF_EACH) as run:
-        run.await_that(lambda: any(sign in title for title in run.processes().values()), sign, seconds=60)
+        run.await_that(lambda: any(sign in title for title in run.processes().values()), sign, seconds=240)
         run.process.terminate()
         assert run.end(seconds=60) == 0, run.output
         assert "stopped by SIGTERM" in run.output

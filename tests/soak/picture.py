@@ -56,7 +56,7 @@ def draw_memory(axes: Any, observed: dict[str, Any]) -> None:
     for mark, restarted in (("|", False), ("v", True)):
         at = [fault["at_s"] / 60 for fault in observed["faults"] if ends_driver(fault) == restarted]
         axes.plot(at, [top] * len(at), mark, color="#444444", markersize=4, linestyle="none")
-    axes.set(title="Memory, and faults (▾ ends the driver)", xlabel="minutes", ylabel="PSS of all of a kind, MiB")
+    axes.set(title="Memory, and faults (▾ ends the driver)", xlabel="minutes", ylabel="of all of a kind, MiB")
     axes.set_ylim(bottom=0, top=1.05 * top)
     axes.legend(handlelength=1.4, loc="center left", bbox_to_anchor=(1.0, 0.5))
 

@@ -18,7 +18,7 @@ from tests.soak.watch import Injected, MemorySample, Observed, Seen
 
 WINDOW_S = 600.0
 MAX_GROWTH_PERCENT = 5.0
-SETTLED_S = 60.0  # a process that is younger may still be loading
+SETTLED_S = 60.0  # a process that is younger, or is suspended as it starts, may still be loading
 NUM_SHOWN = 8  # evaluations in the table
 CURVE = {"eval/accuracy", "eval/score_mean"}
 Row = Mapping[str, Any]
@@ -64,25 +64,25 @@ def as_text(row: Row, key: str) -> str:
     return json.dumps(row[key]) if key in row else "absent"
 
 
-def growths(samples: Sequence[MemorySample], *, end_s: float) -> dict[str, Growth]:
-    """Return the growth of each kind of process.
+def growths(samples: Sequence[MemorySample], *, begin_s: float, end_s: float) -> dict[str, Growth]:
+    """Return the growth of each kind of process between `begin_s` and `end_s`.
 
     Processes are replaced all the time, so what is followed is not one process: at each moment it is the mean of those
-    of a kind (of Ray's own, their sum), but for those that are still loading; then the median of minutes 10 to 20 and
-    that of the last ten. A driver is too much alone for that: it is followed within the longest of its lives after
-    minute 10, in the first quarter and in the last.
+    of a kind (of Ray's own, their sum), but for those that are still loading or suspended; then the median of the first
+    ten minutes and that of the last ten. A driver is too much alone for that: it is followed within the longest of its
+    lives in that time, in the first quarter and in the last.
     """
-    settled = [sample for sample in samples if sample.age_s >= SETTLED_S]
+    settled = [each for each in samples if each.age_s >= SETTLED_S and not each.suspended and each.at_s >= begin_s]
     found = {}
-    for kind in sorted({sample.kind for sample in settled}):
+    for kind in sorted({sample.kind for sample in samples}):
         of_kind = [sample for sample in settled if sample.kind == kind]
         if kind == "driver":
-            found[kind] = growth_of_life(longest_life([each for each in of_kind if each.at_s >= WINDOW_S]))
+            found[kind] = growth_of_life(longest_life(of_kind))
         else:
             series = at_each_moment(of_kind, total=kind == "ray")
-            early = [mib for at_s, mib in series if WINDOW_S <= at_s < 2 * WINDOW_S]
+            early = [mib for at_s, mib in series if at_s < begin_s + WINDOW_S]
             late = [mib for at_s, mib in series if end_s - WINDOW_S <= at_s <= end_s]
-            long_enough = early and late and end_s >= 3 * WINDOW_S
+            long_enough = early and late and end_s >= begin_s + 2 * WINDOW_S
             found[kind] = Growth(median(early), median(late)) if long_enough else Growth(None, None)
     return found
 
@@ -143,6 +143,8 @@ def recoveries(steps: Sequence[Seen]) -> dict[str, float]:
 
 def summary_of(observed: Observed, rows: Sequence[Row], *, num_legs: int, end_s: float) -> dict[str, Any]:
     """Return what was seen of the run, as JSON can hold it; `rows` are those of metrics.jsonl in the end."""
+    # A learner of another stage holds other networks.
+    begin_s = max([WINDOW_S, *(seen.at_s for seen in observed.steps if (seen.stage, seen.step) == ("ppo", 0))])
     times = [0.0, *(seen.at_s for seen in observed.steps)]
     times.append(max([times[-1], *(sample.at_s for sample in observed.memory)]))
     reached = {row["stage"]: row["step"] for row in rows}
@@ -159,7 +161,7 @@ def summary_of(observed: Observed, rows: Sequence[Row], *, num_legs: int, end_s:
         "curve": [[row["step"], row["eval/accuracy"], row["eval/score_mean"]] for row in rows if row.keys() >= CURVE],
         "memory": {
             kind: asdict(growth) | {"percent": growth.percent}
-            for kind, growth in growths(observed.memory, end_s=end_s).items()
+            for kind, growth in growths(observed.memory, begin_s=begin_s, end_s=end_s).items()
         },
     }
 
@@ -228,7 +230,7 @@ def table(summary: Mapping[str, Any]) -> str:
         [
             *markdown(("", ""), list(facts.items())),
             *markdown(("fault", "times", "median s to the next recorded step", "longest"), faults),
-            *markdown(("memory (PSS)", "early MiB", "late MiB", "growth %"), memory),
+            *markdown(("memory", "early MiB", "late MiB", "growth %"), memory),
             *markdown(("ppo step", "held-out accuracy", "score"), curve),
         ]
     )

@@ -36,7 +36,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class MemorySample:
-    """The proportional set size (PSS) of one process: what it has alone, and its share of what several have."""
+    """The resident memory of one process, without the pages of files: what it has alone, and its share of the rest.
+
+    Pages of files, such as those of torch's libraries, come and go with how many processes map them, and with what the
+    system takes back from one that stands still.
+    """
 
     at_s: float
     leg: int
@@ -44,6 +48,7 @@ class MemorySample:
     age_s: float
     kind: str  # driver, generator, reward, learner, spare (workers that Ray keeps ready), ray (its own processes)
     mib: float
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def memory_of(run: LaunchedRun, at_s: float, leg: int) -> list[MemorySample]:
     for pid, title in run.processes().items():
         with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
             kind = "driver" if pid == run.process.pid else kind_of(title)
-            samples.append(MemorySample(at_s, leg, pid, age_of(pid), kind, pss_mib(pid)))
+            samples.append(MemorySample(at_s, leg, pid, age_of(pid), kind, own_mib(pid), state_of(pid) == "T"))
     return samples
 
 
@@ -166,10 +171,10 @@ def kind_of(title: str) -> str:
     return next((role for role, name in ROLES.items() if title.startswith(name)), "ray")
 
 
-def pss_mib(pid: int) -> float:
-    """Return the proportional set size in MiB; 0 for a process that has just ended and has no memory left."""
+def own_mib(pid: int) -> float:
+    """Return the proportional set size without files, in MiB; 0 for a process that has ended and has no memory left."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
 
 
 def age_of(pid: int) -> float:
