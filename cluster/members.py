@@ -239,6 +239,7 @@ class Members:
                 trouble = f"; the last process that was put there said nothing for {self.starting_limit_s:g} s"
                 ray.kill(handle)
                 handle = None
+            check_own_node(f"{self.role} {index} finds no place again")
             if now - begun >= limit_s:
                 if handle is not None:
                     ray.kill(handle)
@@ -262,6 +263,19 @@ class Members:
             with suppress(RayError):  # whoever needs it next will find that it is dead
                 sizes.append(ray.get(ref))
         return {f"memory/{self.role}_peak_mib": max(sizes)} if sizes else {}
+
+
+def check_own_node(what: str) -> None:
+    """Raise ProcessLostError if Ray counts this process's node as dead: it lets nothing be started from there.
+
+    So it does for good when the node's raylet has died, or has not answered for some fifteen seconds.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
+        raise ProcessLostError(
+            f"{what}: Ray has lost the node of the driver, since its raylet died or stood still for too long, and "
+            "starts nothing for it any more; start the run again with resume=auto"
+        )
 
 
 def free(needs: Mapping[str, float]) -> dict[str, float]:
