@@ -268,7 +268,8 @@ class Members:
 def check_own_node(what: str) -> None:
     """Raise ProcessLostError if Ray counts this process's node as dead: it lets nothing be started from there.
 
-    So it does for good when the node's raylet has died, or has not answered for some fifteen seconds.
+    So it does for good when the node's raylet has died, or has not answered for longer than Ray's health checks allow:
+    more than a minute, as seen.
     """
     own = ray.get_runtime_context().get_node_id()
     if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
