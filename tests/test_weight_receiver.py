@@ -395,7 +395,7 @@ def test_a_learner_that_stands_still_is_an_error_after_the_timeout_that_names_th
         learner,
     ):
         update()
-    assert timeout / 2 < waited[0] < timeout + 20
+    assert timeout <= waited[0] < 2 * timeout
     with pytest.raises(RuntimeError, match="update failed"):
         pair.sample()
 

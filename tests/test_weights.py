@@ -319,9 +319,9 @@ def test_a_receiver_that_stands_still_is_an_error_after_the_timeout_for_all_othe
         RuntimeError, match=r"weight update 7 failed at group (\d) .layers.\1 to layers.\1.: .*imed out"
     ):
         sender.send(groups, version=7)
-    assert timeout / 2 < time.monotonic() - begun < timeout + 20, "not until the other gives up after a minute"
-    threads[1].join(timeout + 20)
-    assert timeout / 2 < waited[0] < timeout + 20
+    assert 0.75 * timeout < time.monotonic() - begun < 2 * timeout
+    threads[1].join(2 * timeout)
+    assert 0.75 * timeout < waited[0] < 2 * timeout
     over.set()
 
 

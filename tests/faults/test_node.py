@@ -13,6 +13,7 @@ from ray.cluster_utils import Cluster
 
 from tests.faults.conftest import SETTINGS
 from tests.runs import LaunchedRun, launched, metrics_of, reproducible
+from tests.soak.watch import stat_of
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 ROLES = ("ray::GeneratorProcess", "ray::RankProcess", "ray::RewardProcess")
@@ -39,7 +40,7 @@ def processes_below(run: LaunchedRun, raylet: int) -> list[str]:
 def parent_of(pid: int) -> int:
     """Return the parent's number, 0 for a process that has ended."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        return int(stat_of(pid)[1])
     except (FileNotFoundError, ProcessLookupError):
         return 0
 
