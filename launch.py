@@ -5,6 +5,7 @@ Parses and checks the settings before anything heavy is imported, so that a mist
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -66,11 +67,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         overrides, only_print = _parse(argv)
         if overrides is None:
-            print(_help())
+            _answer(_help())
             return 0
         config = load_config(overrides)
         if only_print:
-            print(to_yaml(config), end="")
+            _answer(to_yaml(config).rstrip())
             return 0
         return _run(config)
     except ConfigError as error:
@@ -79,6 +80,14 @@ def main(argv: Sequence[str]) -> int:
     except CheckpointError as error:
         _note(str(error))
         return 1
+
+
+def _answer(text: str) -> None:
+    """Print what was asked for; whoever reads no further, such as `head`, has what they want."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
 
 
 def _run(config: Config) -> int:

@@ -90,6 +90,17 @@ def test_help_and_settings_are_answered_without_the_heavy_libraries(arguments: l
     assert done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_whoever_stops_reading_an_answer_gets_no_traceback(arguments: list[str]) -> None:
+    """As `| head` does."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "launch.py"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_help_names_every_group_and_option() -> None:
     answer = command("--help").stdout
     assert "python launch.py experiment=quickstart" in answer
