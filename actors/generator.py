@@ -7,7 +7,7 @@ nothing of Ray or of the learner.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -61,7 +61,9 @@ class VLLMGenerator:
 
     New weights come in by `init_weight_transfer` once, then `start_weight_update`, `update_weights` and
     `finish_weight_update` for each version; see actors/weight_receiver.py. From the start of an update until it has
-    been verified, and for ever after a failed one, `generate` refuses to run.
+    been verified, and for ever after a failed one, nothing is sampled.
+
+    `generate` samples a fixed set of requests; with `add` and `step` requests come and go while others run.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class VLLMGenerator:
         self._engine: Any = LLMEngine.from_engine_args(arguments)
         self._max_model_len: int = self._engine.model_config.max_model_len
         self._request_numbers = count()
+        self._pending: dict[int, SampleRequest] = {}  # requests that are not finished
         self._refusal: str | None = None
         self._set_version(0)
 
@@ -108,49 +111,71 @@ class VLLMGenerator:
         """Yield a rollout for each request, as each is finished, in no fixed order.
 
         Sampling starts with the first `next()`; closing the iterator drops what is unfinished. Raises ValueError for a
-        prompt that leaves no room for a response, RuntimeError after a failed weight update.
+        prompt that leaves no room for a response, RuntimeError after a failed weight update or beside other requests.
+        """
+        self._check_idle()
+        self.check_lengths(requests)
+        return self._sample(requests)
+
+    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
+        self._check_idle()
+        numbers: list[int] = []
+        try:
+            numbers += map(self.add, requests)
+            while self._pending:
+                yield from (rollout for _, rollout in self.step())
+        finally:
+            if self._engine is not None:
+                self.abort(numbers)
+
+    def add(self, request: SampleRequest) -> int:
+        """Take on a request, whatever else is being sampled; return the number under which `step` answers it."""
+        from vllm.inputs.engine import tokens_input
+
+        self._check_ready()
+        number = next(self._request_numbers)
+        # The salt keeps keys and values that older weights computed out of the prefix cache.
+        prompt = tokens_input(request.prompt.token_ids.tolist(), cache_salt=f"version-{self._version}")
+        self._engine.add_request(str(number), prompt, _sampling_params(request, self._config, self._stop_ids))
+        self._pending[number] = request
+        return number
+
+    def step(self) -> list[tuple[int, Rollout]]:
+        """Sample a token for requests that have been added; return those that are finished with it, by their numbers.
+
+        Raises RuntimeError after a failed weight update.
         """
         self._check_ready()
+        outputs = [output for output in self._engine.step() if output.finished]
+        numbers = [int(output.request_id) for output in outputs]
+        return [
+            (number, self._rollout(self._pending.pop(number), output.outputs[0]))
+            for number, output in zip(numbers, outputs, strict=True)
+        ]
+
+    def abort(self, numbers: Iterable[int]) -> None:
+        """Drop those of these requests that are not finished."""
+        unfinished = [number for number in numbers if self._pending.pop(number, None) is not None]
+        self._engine.abort_request([str(number) for number in unfinished])
+
+    def check_lengths(self, requests: Sequence[SampleRequest]) -> None:
+        """Raise ValueError for a prompt that leaves no room for a response."""
         for request in requests:
-            self._check_length(request)
-        return self._sample(requests)
+            length, longest = len(request.prompt.token_ids), self._max_model_len - 1
+            if not 1 <= length <= longest:
+                raise ValueError(
+                    f"prompt {request.prompt.id} has {length} tokens; with a context of {self._max_model_len} tokens "
+                    f"(generator.max_model_len) a prompt has 1 to {longest}"
+                )
 
     def _check_ready(self) -> None:
         if self._refusal is not None:
             raise RuntimeError(f"this generator cannot sample: {self._refusal}")
-        if self._engine.has_unfinished_requests():
-            raise RuntimeError("this generator is still sampling: exhaust or close the iterator of generate() first")
 
-    def _check_length(self, request: SampleRequest) -> None:
-        length, longest = len(request.prompt.token_ids), self._max_model_len - 1
-        if not 1 <= length <= longest:
-            raise ValueError(
-                f"prompt {request.prompt.id} has {length} tokens; with a context of {self._max_model_len} tokens "
-                f"(generator.max_model_len) a prompt has 1 to {longest}"
-            )
-
-    def _sample(self, requests: Sequence[SampleRequest]) -> Iterator[Rollout]:
+    def _check_idle(self) -> None:
         self._check_ready()
-        pending: dict[str, SampleRequest] = {}
-        try:
-            for request in requests:
-                pending[self._add(request)] = request
-            while pending:
-                for output in self._engine.step():
-                    if output.finished:
-                        yield self._rollout(pending.pop(output.request_id), output.outputs[0])
-        finally:
-            if self._engine is not None:
-                self._engine.abort_request(list(pending))
-
-    def _add(self, request: SampleRequest) -> str:
-        from vllm.inputs.engine import tokens_input
-
-        request_id = str(next(self._request_numbers))
-        # The salt keeps keys and values that older weights computed out of the prefix cache.
-        prompt = tokens_input(request.prompt.token_ids.tolist(), cache_salt=f"version-{self._version}")
-        self._engine.add_request(request_id, prompt, _sampling_params(request, self._config, self._stop_ids))
-        return request_id
+        if self._pending:
+            raise RuntimeError("this generator is still sampling: exhaust or close the iterator of generate() first")
 
     def _rollout(self, request: SampleRequest, completion: Any) -> Rollout:
         token_ids = list(completion.token_ids)
@@ -183,10 +208,16 @@ class VLLMGenerator:
         self._engine.collective_rpc("init_weight_transfer_engine", args=(dict(info),))
 
     def start_weight_update(self) -> None:
-        """Make ready for new weights. No request may be running."""
+        """Make ready for new weights. Requests that run stand still until `finish_weight_update`.
+
+        They go on with the new weights over the keys and values that the old ones computed, and each of their tokens
+        carries the version that sampled it.
+        """
         self._check_ready()
         self._refusal = "a weight update has begun and not been finished"
         with self._failing_for_good():
+            if self._pending:
+                self._engine.sleep(level=0, mode="keep")
             self._engine.collective_rpc("start_weight_update")
 
     def update_weights(self, info: Mapping[str, Any]) -> None:
@@ -198,7 +229,9 @@ class VLLMGenerator:
         """Put the received weights in use, verify what the engine now computes with, and take on `version`."""
         with self._failing_for_good():
             self._engine.collective_rpc("finish_weight_update")
-            if not self._engine.reset_prefix_cache():
+            if self._pending:  # their cache cannot be reset; the salt keeps it from later requests
+                self._engine.wake_up(["scheduling"])
+            elif not self._engine.reset_prefix_cache():
                 raise RuntimeError("vLLM could not reset its prefix cache after a weight update")
             self._set_version(version)
         self._refusal = None

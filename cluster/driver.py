@@ -7,7 +7,8 @@ does not grow with the model or the batch. A variant of the algorithm is another
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from actors.repetition import repeated_fraction
 from actors.rollout import Prompt, Rollout
+from actors.spans import Span
 from conf.schema import AlgorithmConfig
 from learner.batching import deal
 from learner.kl_control import KLController
@@ -38,9 +40,11 @@ class RolloutInfo:
     num_response_tokens: int
     truncated: bool
     repetition: float  # share of the response's 4-grams that occurred before in it
+    versions: tuple[tuple[int, int], ...]  # of the policy that sampled it, oldest first, each with its number of tokens
 
     @staticmethod
     def of(rollout: Rollout) -> RolloutInfo:
+        versions, counts = np.unique(rollout.policy_versions, return_counts=True)
         return RolloutInfo(
             rollout.prompt.id,
             rollout.sample,
@@ -48,6 +52,7 @@ class RolloutInfo:
             len(rollout.response_ids),
             rollout.finish_reason == "length",
             repeated_fraction(rollout.response_ids),
+            tuple(zip(versions.tolist(), counts.tolist(), strict=True)),
         )
 
 
@@ -114,11 +119,34 @@ class Sampling:
     seed: int
 
 
+class Order(Protocol):
+    """What the generators were asked for."""
+
+    @property
+    def done(self) -> bool:
+        """Whether every chunk has been delivered."""
+        ...
+
+    def cancel(self) -> None:
+        """Want nothing more of it."""
+        ...
+
+
 class Generators(Protocol):
     """The generation actors."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Chunk]:
         """Yield the rollouts of all prompts in chunks, each as soon as its last rollout has finished."""
+        ...
+
+    def order(
+        self, prompts: Sequence[Prompt], sampling: Sampling, deliver: Callable[[Chunk], None], *, urgent: bool
+    ) -> Order:
+        """Have the prompts sampled while something else is done; each chunk is delivered as `sample` yields it."""
+        ...
+
+    def attend(self) -> None:
+        """Wait for chunks of orders, a second at most."""
         ...
 
     def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
@@ -130,8 +158,24 @@ class Generators(Protocol):
         ...
 
 
+class Scores(Protocol):
+    """Chunks on their way to their scores."""
+
+    def add(self, chunk: Chunk) -> None:
+        """Have a chunk scored; returns at once."""
+        ...
+
+    def result(self) -> Scoring:
+        """Return the scores of all chunks, when all are there."""
+        ...
+
+
 class Rewards(Protocol):
     """The reward actors."""
+
+    def open(self) -> Scores:
+        """Return a round of scoring, to which chunks are added as they come."""
+        ...
 
     def score(self, chunks: Iterable[Chunk]) -> Scoring:
         """Score chunks as they come."""
@@ -184,7 +228,17 @@ class TrainBatch:
 class Rollouts(Protocol):
     """Where the rollouts of an iteration come from."""
 
-    def next_batch(self, watch: Stopwatch) -> TrainBatch: ...
+    def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
+        """Return the rollouts of the iteration after `step` others; asked for once for each, in order."""
+        ...
+
+    def state(self) -> dict[str, int]:
+        """Return where in the prompts the next batch begins, as JSON can hold it."""
+        ...
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Go on from there, whatever has been asked for since."""
+        ...
 
 
 class Shaping(Protocol):
@@ -200,21 +254,24 @@ class Iteration:
     step: int
     metrics: Metrics
     handles: tuple[ScoredHandle, ...]
+    spans: tuple[Span, ...]  # its phases, the whole of it last
 
 
 @dataclass
 class Stopwatch:
-    """Wall-clock seconds by name."""
+    """Wall-clock seconds by name, and the spans of time that they come of, in the order of their ends."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.time()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.spans.append(Span(name.removesuffix("_s"), begun, time.time()))
 
 
 def derived_seed(*parts: int) -> int:
@@ -257,7 +314,8 @@ class PPODriver:
         watch = Stopwatch()
         with watch.time("step_s"):
             with watch.time("generate_s"):
-                batch = self.rollouts.next_batch(watch)
+                batch = self.rollouts.next_batch(self.step, watch)
+                stale = staleness(batch.handles, self.step, limit=self.algorithm.max_staleness)
                 shaped, shaping = self.shaping(batch)
             with watch.time("learn_s"):
                 seed = derived_seed(self.seed, self.step)
@@ -275,8 +333,29 @@ class PPODriver:
         if self.step >= self.algorithm.critic_warmup_steps:
             self.kl = self.kl.updated(learned["objective/kl"], num_rollouts=len(shaped))
         self.step += 1
-        metrics = describe(batch.handles, prefix="rollout") | batch.metrics | shaping | learned | synced
-        return Iteration(self.step, metrics | timings(watch, batch.handles), batch.handles)
+        metrics = describe(batch.handles, prefix="rollout") | stale | batch.metrics | shaping | learned | synced
+        return Iteration(self.step, metrics | timings(watch, batch.handles), batch.handles, tuple(watch.spans))
+
+
+def staleness(handles: Sequence[ScoredHandle], step: int, *, limit: int) -> Metrics:
+    """Return how many versions old the tokens of a train batch are: mean, largest, and with a limit the share of each.
+
+    Raises:
+        RuntimeError: a token is older than the limit, or from a version that is yet to come.
+    """
+    ages: Counter[int] = Counter()
+    for handle in handles:
+        for version, count in handle.info.versions:
+            ages[step - version] += count
+    if min(ages) < 0 or max(ages) > limit:
+        raise RuntimeError(
+            f"the rollouts of step {step} have tokens that are {min(ages)} to {max(ages)} versions old; 0 to {limit} "
+            "is allowed (algorithm.max_staleness): the weight sync or the order of rollouts is broken"
+        )
+    total = ages.total()
+    shares = {f"rollout/staleness_{age}": ages[age] / total for age in range(limit + 1)} if limit else {}
+    mean = sum(age * count for age, count in ages.items()) / total
+    return {"rollout/staleness_mean": mean, "rollout/staleness_max": float(max(ages)), **shares}
 
 
 def dealt(

@@ -11,6 +11,7 @@ from cluster.evaluation import EvaluationResult, Evaluator
 from cluster.faults import LearnersLostError, RolloutsLostError
 from cluster.learners import LearnerGroup
 from cluster.partners import start_generators, start_rewards
+from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from cluster.run import Handover, Run, load_tokenizer
 from learner.divergence import JudgeSetup, JudgeWorker
@@ -28,7 +29,7 @@ def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     reference = config.model.reference
     roles = ("generator", "reward") if reference is None else ("generator", "reward", "learner")
     with run.session.placed(*roles) as placement, run.console.stage("eval", 1) as progress:
-        device, recoveries = run.session.device, run.recoveries
+        device, recoveries, reactor = run.session.device, run.recoveries, Reactor()
         learners = None
         if reference is not None:
             setup = JudgeSetup(
@@ -38,11 +39,13 @@ def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
                 device=device,
                 collective_timeout_s=config.cluster.call_timeout_s,
             )
-            learners = LearnerGroup(placement, JudgeWorker, setup, limits=config.cluster, recoveries=recoveries)
+            learners = LearnerGroup(
+                placement, JudgeWorker, setup, limits=config.cluster, recoveries=recoveries, reactor=reactor
+            )
         generators = start_generators(
-            config, before, placement, model_path=model.path, device=device, recoveries=recoveries
+            config, before, placement, model_path=model.path, device=device, recoveries=recoveries, reactor=reactor
         )
-        rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries)
+        rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries, reactor=reactor)
         rewards.members.wait_begun()
         generators.members.wait_begun()
         result = judged(Evaluator(config, held_out, generators, rewards, learners=learners), learners, recoveries)

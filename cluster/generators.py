@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,15 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors.rollout import Prompt, Rollout
 from cluster.driver import Chunk, Metrics, RolloutInfo, Sampling, ScoredHandle
-from cluster.faults import ProcessLostError
-from cluster.members import Members
-from cluster.processes import Placement, Process, answer, collect, reason
+from cluster.faults import ProcessError, ProcessLostError
+from cluster.members import LOOK_EVERY_S, Members, Patience
+from cluster.processes import SAMPLER, Placement, Process, answer, collect, in_group, reason, spanned
+from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
+from cluster.sampling import Dealer, Order, Part, planned
 from conf.schema import ClusterConfig, ConfigError, GeneratorConfig
 
-Part = tuple[tuple[Prompt, int], ...]  # the (prompt, sample) pairs of one chunk
+SPARE = 2  # so many times `generator.max_num_seqs` requests a generator has at most: one half runs, one half waits
 WRONG_AGAIN = (ConfigError, ValueError, TypeError, AssertionError, LookupError)  # what a new engine would say as well
 
 
@@ -38,31 +41,35 @@ class GeneratorProcess(Process):
     """One vLLM engine in a process of its own."""
 
     def __init__(self) -> None:
-        self.generator: Any = None
+        super().__init__()
+        self.loop: Any = None
 
     def start(self, setup: GeneratorSetup) -> None:
+        from actors.engine_loop import EngineLoop
         from actors.generator import VLLMGenerator
 
-        self.generator = VLLMGenerator(
-            setup.model_path,
-            setup.config,
-            device=setup.device,
-            seed=setup.seed,
-            tokenizer=setup.tokenizer,
-            stop_tokens_of=setup.policy_path,
-            trust_remote_code=setup.trust_remote_code,
+        self.loop = EngineLoop(
+            lambda: VLLMGenerator(
+                setup.model_path,
+                setup.config,
+                device=setup.device,
+                seed=setup.seed,
+                tokenizer=setup.tokenizer,
+                stop_tokens_of=setup.policy_path,
+                trust_remote_code=setup.trust_remote_code,
+            ),
+            self.spans,
         )
 
+    @in_group(SAMPLER)
     def sample(self, parts: Sequence[Part], sampling: Sampling) -> Iterator[Any]:
-        """Yield a chunk (a list of rollouts), then its part and what the driver needs to know of it, as each is whole.
+        """Yield a chunk (a list of rollouts), then its place among the parts and what the driver needs to know of it.
 
-        A chunk is what its part says, whichever of its rollouts finishes first, so that what is scored together does
-        not depend on timing.
+        Each comes as soon as it is whole. A chunk is what its part says, whichever of its rollouts finishes first, so
+        that what is scored together does not depend on timing. May be called while other calls of it run.
         """
         from actors.generator import SampleRequest, sampling_seed
 
-        place = {(prompt.id, sample): number for number, part in enumerate(parts) for prompt, sample in part}
-        chunks: list[list[Rollout]] = [[] for _ in parts]
         requests = [
             SampleRequest(
                 prompt=prompt,
@@ -74,8 +81,10 @@ class GeneratorProcess(Process):
             for part in parts
             for prompt, sample in part
         ]
-        for rollout in self.generator.generate(requests):
-            number = place[rollout.key]
+        part_of = [number for number, part in enumerate(parts) for _ in part]
+        chunks: list[list[Rollout]] = [[] for _ in parts]
+        for place, rollout in self.loop.sample(requests):
+            number = part_of[place]
             chunks[number].append(rollout)
             if len(chunks[number]) == len(parts[number]):
                 chunk = sorted(chunks[number], key=lambda member: member.key)
@@ -84,16 +93,33 @@ class GeneratorProcess(Process):
                 yield number, tuple(RolloutInfo.of(member) for member in chunk)
 
     def join_sync(self, info: dict[str, Any]) -> None:
-        self.generator.init_weight_transfer(info)
+        self.loop.call(lambda: self.loop.generator.init_weight_transfer(info))
 
+    @spanned
     def receive_weights(self, version: int) -> None:
-        self.generator.start_weight_update()
-        self.generator.update_weights({"version": version})
-        self.generator.finish_weight_update(version)
+        """Take new weights on between two steps of the engine; what is being sampled goes on with them."""
+
+        def receive() -> None:
+            generator = self.loop.generator
+            generator.start_weight_update()
+            generator.update_weights({"version": version})
+            generator.finish_weight_update(version)
+
+        self.loop.call(receive)
+
+
+@dataclass(eq=False)
+class Stream:
+    """A call for samples that is under way."""
+
+    handle: Any  # of the process
+    who: int
+    parts: dict[int, tuple[Order, int, Part]]  # those that have not come, by their places in the call
+    payload: Any = None  # the chunk that the next item describes
 
 
 class GeneratorGroup:
-    """The generation actors; prompts are dealt to them in turn.
+    """The generation actors; each part of what is to be sampled goes to the one with the fewest tokens to sample.
 
     One that is lost while it samples is replaced, and what it had not finished is sampled again with the same seeds.
     """
@@ -106,8 +132,9 @@ class GeneratorGroup:
         chunk_size: int,
         limits: ClusterConfig,
         recoveries: Recoveries,
+        reactor: Reactor,
     ) -> None:
-        self.chunk_size, self.limits = chunk_size, limits
+        self.chunk_size, self.limits, self.reactor = chunk_size, limits, reactor
         self.members = Members(
             placement,
             GeneratorProcess,
@@ -115,68 +142,131 @@ class GeneratorGroup:
             begin=lambda handle: handle.start.remote(setup),
             limits=limits,
             recoveries=recoveries,
+            reactor=reactor,
         )
         self.restore: Callable[[], None] = lambda: None  # brings the current weights to all; set by the weight sync
+        self._dealer = Dealer(enough_requests=SPARE * setup.config.max_num_seqs)
+        self._streams: dict[Any, Stream] = {}
+        self._lost: dict[int, tuple[Any, str]] = {}  # who, with the process that it was, and why
+        self._wrong: ProcessError | ConfigError | None = None  # what another engine would say as well
+        self._patience = Patience(limits.call_timeout_s)
+        reactor.sources.append(self)
+
+    def order(
+        self, prompts: Sequence[Prompt], sampling: Sampling, deliver: Callable[[Chunk], None], *, urgent: bool
+    ) -> Order:
+        """Have the prompts sampled; each chunk is delivered as soon as its last rollout has finished.
+
+        Nothing comes unless somebody waits: for this, by `attend`, or for anything else by way of the reactor. Urgent
+        orders come before those that are not.
+        """
+        parts = planned(
+            prompts,
+            num_samples=sampling.num_samples,
+            chunk_size=self.chunk_size,
+            num_generators=len(self.members),
+        )
+        order = Order(sampling, deliver, dict(enumerate(parts)), urgent=urgent)
+        self._dealer.take(order)
+        self._deal()
+        return order
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Chunk]:
-        count = len(self.members)
-        shares = [
-            planned(prompts[index::count], num_samples=sampling.num_samples, chunk_size=self.chunk_size)
-            for index in range(count)
-        ]
-        while any(shares):
-            unfinished, lost = yield from self._round(shares, sampling)
-            if lost:
-                self.members.replace(lost, what="generating")
-                self.restore()
-            shares = [unfinished[index::count] for index in range(count)]
+        """Yield the rollouts of all prompts in chunks, each as soon as its last rollout has finished."""
+        come: deque[Chunk] = deque()
+        order = self.order(prompts, sampling, come.append, urgent=True)
+        try:
+            while come or not order.done:
+                while come:
+                    yield come.popleft()
+                if not order.done:
+                    self.attend()
+        finally:
+            order.cancel()
 
-    def _round(
-        self, shares: Sequence[Sequence[Part]], sampling: Sampling
-    ) -> Generator[Chunk, None, tuple[list[Part], dict[int, str]]]:
-        """Let every member sample its share; return the parts that are not finished, and who is lost and why."""
-        streams = {
-            handle.sample.options(num_returns="streaming").remote(share, sampling): index
-            for index, (handle, share) in enumerate(zip(self.members.handles, shares, strict=True))
-            if share
-        }
-        open_parts = [dict(enumerate(share)) for share in shares]
-        payloads: dict[int, Any] = {}  # of members whose next item describes it
-        lost: dict[int, str] = {}
-        while streams:
-            ready, gone = self.members.wait_or_lose(streams, timeout_s=self.limits.call_timeout_s)
-            lost |= gone
-            for stream in ready:
-                index = streams[stream]
-                try:
-                    item = next(stream)  # which does not block: the stream is ready
-                except StopIteration:
-                    del streams[stream]
-                    if index not in payloads:
-                        continue
-                    item = payloads[index]  # a stream that failed ends with its error in the place of a chunk
-                if index not in payloads:
-                    payloads[index] = item
-                    continue
-                try:
-                    number, infos = self._description(item)
-                except ProcessLostError as error:
-                    lost[index] = error.why
-                    continue
-                del open_parts[index][number]
-                yield Chunk(infos, payloads.pop(index))
-            streams = {stream: index for stream, index in streams.items() if index not in lost}
-        return [part for parts in open_parts for part in parts.values()], lost
+    def attend(self) -> None:
+        """Wait for a second at most for something to come, and make good what is lost.
+
+        Raises:
+            ProcessError, ConfigError: an engine found fault with what it was given, or too many were lost.
+        """
+        self.reactor.wait((), timeout_s=LOOK_EVERY_S)
+        if self._wrong is not None:
+            raise self._wrong
+        sampling = sorted({stream.who for stream in self._streams.values()})
+        lost = self.members.lost(sampling)
+        if self._streams and self._patience.look() <= 0:
+            lost = dict.fromkeys(sampling, f"it has finished nothing for {self.limits.call_timeout_s:g} s")
+        lost |= {who: why for who, (handle, why) in self._lost.items() if handle is self.members.handles[who]}
+        if lost:
+            for stream in [one for one, call in self._streams.items() if call.who in lost]:
+                self._give_up(stream)
+            self._lost.clear()
+            self.members.replace(lost, what="generating")
+            self.restore()
+            self._patience = Patience(self.limits.call_timeout_s)
+        self._deal()
+
+    def _deal(self) -> None:
+        """Give the generators that live what waits to be sampled."""
+        gone = {who for who, (handle, _) in self._lost.items() if handle is self.members.handles[who]}
+        for who, given in self._dealer.deal([who for who in range(len(self.members)) if who not in gone]).items():
+            by_sampling: dict[Sampling, list[tuple[Order, int, Part]]] = {}
+            for order, number in given:
+                by_sampling.setdefault(order.sampling, []).append((order, number, order.running[number]))
+            handle = self.members.handles[who]
+            for sampling, parts in by_sampling.items():
+                stream = handle.sample.options(num_returns="streaming").remote([part for *_, part in parts], sampling)
+                self._streams[stream] = Stream(handle, who, dict(enumerate(parts)))
+
+    def refs(self) -> Iterable[Any]:
+        return self._streams
+
+    def ready(self, ref: Any) -> None:
+        """Take what a stream has for us: a chunk, what is to be known of it, or its end."""
+        stream = self._streams[ref]
+        self._patience = Patience(self.limits.call_timeout_s)
+        try:
+            item = next(ref)  # which does not block: the stream is ready
+        except StopIteration:
+            if stream.payload is None:
+                del self._streams[ref]
+                return
+            item = stream.payload  # a stream that failed ends with its error in the place of a chunk
+        if stream.payload is None:
+            stream.payload = item
+            return
+        try:
+            place, infos = self._description(item)
+        except ProcessLostError as error:
+            self._give_up(ref)
+            self._lost[stream.who] = (stream.handle, error.why)
+        except (ProcessError, ConfigError) as error:
+            self._give_up(ref)
+            self._wrong = error
+        else:
+            order, number, part = stream.parts.pop(place)
+            self._dealer.add(stream.who, part, order.sampling, sign=-1)
+            payload, stream.payload = stream.payload, None
+            order.came(number, Chunk(infos, payload))
+        self._deal()
+
+    def _give_up(self, ref: Any) -> None:
+        """Let what a stream has not brought be sampled by another."""
+        stream = self._streams.pop(ref)
+        for order, number, part in stream.parts.values():
+            self._dealer.add(stream.who, part, order.sampling, sign=-1)
+            order.take_back(number)
 
     def _description(self, item: Any) -> tuple[int, tuple[RolloutInfo, ...]]:
-        """Return the number of a part, and what the driver needs to know of its rollouts.
+        """Return the place of a part in its call, and what the driver needs to know of its rollouts.
 
         Raises:
             ProcessLostError: the process or its engine is gone.
             ProcessError, ConfigError: the engine found fault with what it was given.
         """
         try:
-            number, infos = ray.get(item, timeout=self.limits.call_timeout_s)
+            place, infos = ray.get(item, timeout=self.limits.call_timeout_s)
         except RayTaskError as error:
             if isinstance(error.cause, WRONG_AGAIN):
                 answer(item, who="a generator", what="generating", timeout_s=self.limits.call_timeout_s)
@@ -185,7 +275,7 @@ class GeneratorGroup:
         except RayError as error:
             why = f"it died: {reason(error)}"
             raise ProcessLostError(f"generating: {why}", why=why) from error
-        return number, infos
+        return place, infos
 
     def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
         payloads = {id(handle.chunk): handle.chunk.payload for handle in handles}
@@ -205,9 +295,3 @@ class GeneratorGroup:
 
     def memory(self) -> Metrics:
         return self.members.memory()
-
-
-def planned(prompts: Sequence[Prompt], *, num_samples: int, chunk_size: int) -> list[Part]:
-    """Return what one generator samples, cut into chunks of consecutive requests."""
-    pairs = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
-    return [tuple(pairs[start : start + chunk_size]) for start in range(0, len(pairs), chunk_size)]

@@ -13,7 +13,8 @@ from actors.rollout import Rollout, ScoredRollout
 from cluster.driver import Metrics, ScoredHandle, ShapedHandle
 from cluster.faults import LearnersLostError, ProcessError, ProcessLostError, RolloutsLostError
 from cluster.members import LOOK_EVERY_S, Members, Patience
-from cluster.processes import WRITER, Placement, Process, answer, in_group
+from cluster.processes import WRITER, Placement, Process, answer, in_group, spanned
+from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig, ConfigError
 from learner.ranks import Ranks
@@ -37,6 +38,7 @@ class RankProcess(Process):
     """One rank of a learner group: PPO or a supervised stage, in a process of its own."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.worker: Any = None
         self.snapshot: Any = None
 
@@ -51,6 +53,7 @@ class RankProcess(Process):
     ) -> None:
         self.worker = make(setup, Ranks(rank, world_size, *endpoint))
 
+    @spanned
     def update(
         self, places: Sequence[Sequence[Place]], kl_coef: float, seed: int, step: int, *chunks: Sequence[Rollout]
     ) -> Metrics:
@@ -59,6 +62,7 @@ class RankProcess(Process):
         )
         return metrics
 
+    @spanned
     def kl_to_reference(self, places: Sequence[Place], temperature: float, *chunks: Sequence[Rollout]) -> float:
         kl: float = self.worker.kl_to_reference(scored_rollouts(places, chunks), temperature=temperature)
         return kl
@@ -72,20 +76,25 @@ class RankProcess(Process):
     def connect_sync(self) -> None:
         self.worker.connect_sync()
 
+    @spanned
     def send_weights(self, version: int) -> None:
         self.worker.send_weights(version)
 
+    @spanned
     def train_step(self, rows: Sequence[Any]) -> Metrics:
         metrics: Metrics = self.worker.train_step(rows)
         return metrics
 
+    @spanned
     def evaluate(self, rows: Sequence[Any]) -> Metrics:
         metrics: Metrics = self.worker.evaluate(rows)
         return metrics
 
+    @spanned
     def export(self, folder: Path) -> None:
         self.worker.export(folder)
 
+    @spanned
     def take_snapshot(self) -> None:
         """Copy what a checkpoint holds of this rank; training may go on while `write_snapshot` writes it."""
         self.snapshot = self.worker.snapshot()
@@ -119,6 +128,7 @@ class RankGroup:
         *,
         limits: ClusterConfig,
         recoveries: Recoveries,
+        reactor: Reactor | None = None,
     ) -> None:
         self.make, self.setup, self.limits, self.recoveries = make, setup, limits, recoveries
         self.members = Members(
@@ -128,6 +138,7 @@ class RankGroup:
             begin=None,
             limits=limits,
             recoveries=recoveries,
+            reactor=reactor,
         )
         self._starting = self._start()
 

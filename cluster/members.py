@@ -11,9 +11,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from actors.spans import Span
 from cluster.driver import Metrics
 from cluster.faults import ProcessLostError
 from cluster.processes import Placement, Process, answer, reason
+from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig
 
@@ -79,11 +81,14 @@ class Members:
         begin: Callable[[Any], Any] | None,
         limits: ClusterConfig,
         recoveries: Recoveries,
+        reactor: Reactor | None = None,
     ) -> None:
         """`begin` makes the first call to a new process, by its handle; `wait_begun` returns when all are done.
 
-        None leaves the first call to the caller.
+        None leaves the first call to the caller. `reactor` is what is attended to while a member is waited for; None:
+        nothing is.
         """
+        self.reactor = Reactor() if reactor is None else reactor
         self.placement, self.process, self.role, self.begin = placement, process, role, begin
         self.limits, self.recoveries = limits, recoveries
         self.places = placement.places(role)
@@ -124,7 +129,7 @@ class Members:
         patience = Patience(timeout_s)
         while True:
             left = patience.look()
-            done, _ = ray.wait(list(calls), num_returns=1, timeout=min(LOOK_EVERY_S, left), fetch_local=False)
+            done = self.reactor.wait(list(calls), timeout_s=min(LOOK_EVERY_S, left))
             if done:
                 return done, {}
             lost = self.lost(sorted(set(calls.values())), starting=starting)
@@ -256,13 +261,24 @@ class Members:
 
     def memory(self) -> Metrics:
         """Return the largest resident memory of a member so far, of those that answer at once."""
-        refs = [handle.peak_resident_mib.remote() for handle in self.handles]
+        sizes = self._answers([handle.peak_resident_mib.remote() for handle in self.handles])
+        return {f"memory/{self.role}_peak_mib": max(sizes.values())} if sizes else {}
+
+    def spans(self) -> dict[str, list[Span]]:
+        """Return what each member has been busy with since the last time, of those that answer at once."""
+        spans = self._answers([handle.take_spans.remote() for handle in self.handles])
+        return {f"{self.role} {index}": of_member for index, of_member in spans.items()}
+
+    @staticmethod
+    def _answers(refs: list[Any]) -> dict[int, Any]:
+        """Return the answers to a question to each member, by number, of those that answer at once."""
         ready, _ = ray.wait(refs, num_returns=len(refs), timeout=ANSWER_S)
-        sizes = []
-        for ref in ready:
-            with suppress(RayError):  # whoever needs it next will find that it is dead
-                sizes.append(ray.get(ref))
-        return {f"memory/{self.role}_peak_mib": max(sizes)} if sizes else {}
+        answers = {}
+        for index, ref in enumerate(refs):
+            if ref in ready:
+                with suppress(RayError):  # whoever needs it next will find that it is dead
+                    answers[index] = ray.get(ref)
+        return answers
 
 
 def check_own_node(what: str) -> None:

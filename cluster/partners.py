@@ -5,10 +5,12 @@ from __future__ import annotations
 from actors.preflight import starts_at_reference
 from actors.reward_http import reward_token
 from actors.rollout import IntArray
+from actors.spans import Span
 from cluster.driver import Metrics
 from cluster.generators import GeneratorGroup, GeneratorSetup
 from cluster.learners import LearnerGroup
 from cluster.processes import Placement
+from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from cluster.rewards import RewardGroup, RewardSetup
 from cluster.run import Handover
@@ -26,6 +28,7 @@ def start_generators(
     model_path: str,
     device: str,
     recoveries: Recoveries,
+    reactor: Reactor,
 ) -> GeneratorGroup:
     """Return generators of the checkpoint `model_path`, starting."""
     model = before.model
@@ -35,12 +38,23 @@ def start_generators(
         model_path, model.path, model.tokenizer, config.generator, device, config.seed, model.trust_remote_code
     )
     return GeneratorGroup(
-        placement, setup, chunk_size=config.reward.batch_size, limits=config.cluster, recoveries=recoveries
+        placement,
+        setup,
+        chunk_size=config.reward.batch_size,
+        limits=config.cluster,
+        recoveries=recoveries,
+        reactor=reactor,
     )
 
 
 def start_rewards(
-    config: Config, before: Handover, placement: Placement, *, device: str, recoveries: Recoveries
+    config: Config,
+    before: Handover,
+    placement: Placement,
+    *,
+    device: str,
+    recoveries: Recoveries,
+    reactor: Reactor,
 ) -> RewardGroup:
     """Return the reward actors, starting."""
     setup = RewardSetup(
@@ -51,7 +65,7 @@ def start_rewards(
         before.model.trust_remote_code,
         reward_token(),
     )
-    return RewardGroup(placement, setup, limits=config.cluster, recoveries=recoveries)
+    return RewardGroup(placement, setup, limits=config.cluster, recoveries=recoveries, reactor=reactor)
 
 
 class Partners:
@@ -71,12 +85,15 @@ class Partners:
         cluster, model = config.cluster, before.model
         assert model.path is not None
         setup = learner_setup(config, before, ptx_rows=ptx_rows, device=device)
-        self.learners = LearnerGroup(placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries)
+        reactor = Reactor()
+        self.learners = LearnerGroup(
+            placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries, reactor=reactor
+        )
         first = model.reference if model.reference is not None and starts_at_reference(config) else model.path
         self.generators = start_generators(
-            config, before, placement, model_path=first, device=device, recoveries=recoveries
+            config, before, placement, model_path=first, device=device, recoveries=recoveries, reactor=reactor
         )
-        self.rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries)
+        self.rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries, reactor=reactor)
         self.sync = VerifiedWeightSync(
             self.learners,
             self.generators,
@@ -101,6 +118,11 @@ class Partners:
             self.generators.members.renew(range(len(self.generators.members)))
             self.sync.untouched, self.sync.version = True, None
             self.sync.connect()
+
+    def spans(self) -> dict[str, list[Span]]:
+        """Return what each process has been busy with since the last time."""
+        groups = (self.generators.members, self.rewards.members, self.learners.members)
+        return {name: spans for members in groups for name, spans in members.spans().items()}
 
     def memory(self) -> Metrics:
         return self.learners.memory() | self.generators.memory() | self.rewards.memory()

@@ -15,15 +15,16 @@ from cluster.best import BEST_EXPORT, BestPolicy
 from cluster.carrying import carry, is_due
 from cluster.checkpoints import Checkpoint
 from cluster.console import StageProgress
-from cluster.driver import Generators, Metrics, PPODriver, Rollouts, Sampling, ScoredHandle
+from cluster.driver import Generators, Iteration, Metrics, PPODriver, Rollouts, Sampling, ScoredHandle
 from cluster.evaluation import EvaluationResult, Evaluator, signs
 from cluster.learners import LearnerGroup
 from cluster.monitors import alarm_lines, alarms
 from cluster.partners import Partners
 from cluster.report import before_and_after
-from cluster.rollouts import Prompts, SampledAgain, SampledRollouts, VariedGroups, WithGreedyBaselines
+from cluster.rollouts import AheadRollouts, Prompts, SampledAgain, SampledRollouts, VariedGroups, WithGreedyBaselines
 from cluster.run import Handover, Run, load_tokenizer
 from cluster.shaping import ScoreShaping
+from cluster.tracing import DRIVER, clipped, idle_shares, write_trace
 from conf.schema import Config
 
 SHOWN = {"score": "reward/score_mean", "kl": "objective/kl", "length": "rollout/response_length_mean"}
@@ -75,7 +76,7 @@ class PPOTraining:
         self.shaping = ScoreShaping(config.reward.shaping, max_new_tokens=config.generator.max_new_tokens)
         self.driver = PPODriver(
             algorithm=config.algorithm,
-            rollouts=SampledAgain(rollouts_of(config, source, partners), source, run.recoveries),
+            rollouts=SampledAgain(rollouts_of(config, source, partners), run.recoveries),
             shaping=self.shaping,
             learners=partners.learners,
             sync=partners.sync,
@@ -128,7 +129,7 @@ class PPOTraining:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.driver.load_state(state["driver"])
-        self.source.load_state(state["prompts"])
+        self.driver.rollouts.load_state(state["prompts"])
         self.shaping.load_state(state["shaping"])
         self.evaluator.load_state(state["evaluator"])
         self.best.load_state(state["best"])
@@ -140,7 +141,7 @@ class PPOTraining:
     def state(self) -> dict[str, Any]:
         return {
             "driver": self.driver.state(),
-            "prompts": self.source.state(),
+            "prompts": self.driver.rollouts.state(),
             "shaping": self.shaping.state(),
             "evaluator": self.evaluator.state(),
             "best": self.best.state(),
@@ -157,6 +158,7 @@ class PPOTraining:
             result = self.evaluator.evaluate()
             self.last = self._held_out(result)
             metrics |= result.metrics | self.best.offer(step, result.metrics)
+        metrics |= self._busy(iteration)
         for line in alarm_lines(metrics, config.monitors, known=self.raised):
             run.console.note(f"step {step}: {line}")
         now = alarms(metrics, config.monitors)
@@ -169,6 +171,15 @@ class PPOTraining:
         if is_due(step, config.tracking.export_every):
             partners.learners.export(run.dir / "export" / f"step_{step:06d}")
         self.progress.advance(**shown(metrics, self.last))
+
+    def _busy(self, iteration: Iteration) -> Metrics:
+        """Return how idle each process was in the iteration, and write its trace if that is asked for."""
+        whole, rows = iteration.spans[-1], self.partners.spans()
+        if iteration.step in self.config.tracking.trace_steps:
+            cut = {name: clipped(spans, whole.start, whole.end) for name, spans in rows.items()}
+            path = self.run.dir / "trace" / f"step_{iteration.step:06d}.json"
+            write_trace(path, {DRIVER: list(iteration.spans), **cut})
+        return idle_shares(rows, whole.start, whole.end)
 
     def finish(self) -> Handover:
         self.learners.export(self.run.dir / "export")
@@ -218,6 +229,8 @@ def rollouts_of(config: Config, prompts: Prompts, partners: Partners) -> Rollout
         return VariedGroups(sampled, max_rounds=algorithm.filter_max_rounds)
     if algorithm.estimator == "remax":
         return WithGreedyBaselines(sampled)
+    if algorithm.max_staleness > 0:
+        return AheadRollouts(sampled, max_staleness=algorithm.max_staleness, num_steps=algorithm.num_steps)
     return sampled
 
 

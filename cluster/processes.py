@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 import time
@@ -13,12 +14,15 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.spans import Span, SpanLog
 from cluster.faults import ProcessError, ProcessLostError, RolloutsLostError
 from cluster.placement import Bundle
 from conf.schema import ConfigError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-CONTROL, WRITER = "control", "writer"  # groups of calls that are answered beside the others, in threads of their own
+# Groups of calls that are answered beside the others, each in so many threads of its own.
+CONTROL, WRITER, SAMPLER = "control", "writer", "sampler"
+THREADS = {CONTROL: 1, WRITER: 1, SAMPLER: 16}
 
 
 def in_group(name: str) -> Callable[[Method], Method]:
@@ -27,8 +31,27 @@ def in_group(name: str) -> Callable[[Method], Method]:
     return decorate
 
 
+def spanned(method: Method) -> Method:
+    """Record every call of a method of a process as a span with its name."""
+
+    @functools.wraps(method)
+    def recorded(self: Process, *arguments: Any, **named: Any) -> Any:
+        with self.spans.record(method.__name__):
+            return method(self, *arguments, **named)
+
+    return recorded  # type: ignore[return-value]
+
+
 class Process:
     """What every process of a run answers, whatever else it is doing."""
+
+    def __init__(self) -> None:
+        self.spans = SpanLog()
+
+    @in_group(CONTROL)
+    def take_spans(self) -> list[Span]:
+        """Return what this process has been busy with since it was last asked."""
+        return self.spans.take()
 
     @in_group(CONTROL)
     def ping(self) -> int:
@@ -56,7 +79,7 @@ class Placement:
         """Return the handle of a new process in the place of the bundle."""
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles.index(bundle))
         return (
-            ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, concurrency_groups={CONTROL: 1, WRITER: 1})(process)
+            ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, concurrency_groups=THREADS)(process)
             .options(scheduling_strategy=strategy, runtime_env={"env_vars": self.environment})
             .remote()
         )

@@ -1,17 +1,31 @@
-"""Where the rollouts of an iteration come from: sampled, sampled until groups differ, sampled with a greedy baseline.
+"""Where the rollouts of an iteration come from: sampled, sampled ahead, until groups differ, with a greedy baseline.
 
-Each is an object with the driver's `Rollouts` interface; the second and third ask the first. No Ray in here.
+Each is an object with the driver's `Rollouts` interface; the others ask the first. No Ray in here.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.rollout import Prompt
-from cluster.driver import Chunk, Generators, Metrics, Rewards, Rollouts, Sampling, ScoredHandle, Stopwatch, TrainBatch
+from cluster.driver import (
+    Chunk,
+    Generators,
+    Metrics,
+    Order,
+    Rewards,
+    Rollouts,
+    Sampling,
+    ScoredHandle,
+    Scores,
+    Scoring,
+    Stopwatch,
+    TrainBatch,
+)
 from cluster.faults import RolloutsLostError
 from cluster.recoveries import Recoveries
 
@@ -21,13 +35,9 @@ class NothingToLearnError(RuntimeError):
 
 
 class Prompts(Protocol):
-    """Where prompts come from."""
+    """Where prompts come from, and can be drawn from again."""
 
     def next_batch(self, count: int) -> list[Prompt]: ...
-
-
-class ResumablePrompts(Protocol):
-    """Prompts that can be drawn again."""
 
     def state(self) -> dict[str, int]: ...
 
@@ -43,10 +53,16 @@ class SampledRollouts:
         self.prompts, self.generators, self.rewards = prompts, generators, rewards
         self.sampling, self.prompts_per_step = sampling, prompts_per_step
 
-    def next_batch(self, watch: Stopwatch) -> TrainBatch:
+    def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
         """Return the rollouts that have a score, in the order of (prompt, sample)."""
         batch = self.draw(self.prompts_per_step, watch)
         return replace(batch, handles=some(batch.handles, of=f"{self.prompts_per_step} prompts"))
+
+    def state(self) -> dict[str, int]:
+        return self.prompts.state()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.prompts.load_state(state)
 
     def draw(self, num_prompts: int, watch: Stopwatch) -> TrainBatch:
         """Return the rollouts of the next `num_prompts` prompts; there may be none if all were dropped."""
@@ -56,28 +72,82 @@ class SampledRollouts:
         """Return the rollouts of these prompts; there may be none if all were dropped."""
         chunks = self.generators.sample(prompts, sampling)
         scoring = self.rewards.score(timed(chunks, watch, "wait_for_generators_s"))
-        counts = {
-            "rollout/num_dropped": float(scoring.num_dropped),
-            "reward/num_retries": float(scoring.num_retries),
-        }
-        return TrainBatch(scoring.handles, tuple(prompts), counts)
+        return TrainBatch(scoring.handles, tuple(prompts), counted(scoring))
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A batch that is being sampled and scored."""
+
+    prompts: tuple[Prompt, ...]
+    before: dict[str, int]  # where in the prompts it begins
+    order: Order
+    scores: Scores
+
+
+class AheadRollouts:
+    """Batches that are sampled ahead of their training, so that generators never wait for the learner.
+
+    While the learner trains on batch s, batches s + 1 to s + `max_staleness` are being sampled. Batch b begins when the
+    weights are those of version b - max_staleness or newer, and is trained on as version b is, so no token of it is
+    older than `max_staleness` versions; the driver checks each. The learner takes batches in their order.
+    """
+
+    def __init__(self, sampled: SampledRollouts, *, max_staleness: int, num_steps: int) -> None:
+        """`num_steps` is how many batches there are in all."""
+        self.sampled, self.max_staleness, self.num_steps = sampled, max_staleness, num_steps
+        self._flights: deque[Flight] = deque()  # the next batch first
+
+    def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
+        """Return the rollouts of batch `step`, when all of them have a score; others are on their way meanwhile."""
+        while len(self._flights) < min(1 + self.max_staleness, self.num_steps - step):
+            self._flights.append(self._begun())
+        flight = self._flights[0]
+        with watch.time("wait_for_generators_s"):
+            while not flight.order.done:
+                self.sampled.generators.attend()
+        scoring = flight.scores.result()
+        self._flights.popleft()
+        handles = some(scoring.handles, of=f"{self.sampled.prompts_per_step} prompts")
+        return TrainBatch(handles, flight.prompts, counted(scoring))
+
+    def state(self) -> dict[str, int]:
+        return self._flights[0].before if self._flights else self.sampled.state()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        while self._flights:
+            self._flights.popleft().order.cancel()
+        self.sampled.load_state(state)
+
+    def _begun(self) -> Flight:
+        sampled, before = self.sampled, self.sampled.state()
+        prompts = tuple(sampled.prompts.next_batch(sampled.prompts_per_step))
+        scores = sampled.rewards.open()
+        order = sampled.generators.order(prompts, sampled.sampling, scores.add, urgent=False)
+        return Flight(prompts, before, order, scores)
 
 
 class SampledAgain:
     """Rollouts that are drawn anew, from the same prompts, if the node that held them is lost on the way."""
 
-    def __init__(self, rollouts: Rollouts, prompts: ResumablePrompts, recoveries: Recoveries) -> None:
-        self.rollouts, self.prompts, self.recoveries = rollouts, prompts, recoveries
+    def __init__(self, rollouts: Rollouts, recoveries: Recoveries) -> None:
+        self.rollouts, self.recoveries = rollouts, recoveries
 
-    def next_batch(self, watch: Stopwatch) -> TrainBatch:
+    def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
         """Return what the rollouts give. Raises ProcessError if they are lost too often."""
-        start = self.prompts.state()
+        start = self.state()
         while True:
             try:
-                return self.rollouts.next_batch(watch)
+                return self.rollouts.next_batch(step, watch)
             except RolloutsLostError as error:
                 self.recoveries.count("rollouts", str(error))
-                self.prompts.load_state(start)
+                self.load_state(start)
+
+    def state(self) -> dict[str, int]:
+        return self.rollouts.state()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.rollouts.load_state(state)
 
 
 class VariedGroups:
@@ -91,7 +161,7 @@ class VariedGroups:
     def __init__(self, sampled: SampledRollouts, *, max_rounds: int) -> None:
         self.sampled, self.max_rounds = sampled, max_rounds
 
-    def next_batch(self, watch: Stopwatch) -> TrainBatch:
+    def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
         """Return a full batch, or what there is after `max_rounds`, if there is something."""
         wanted = self.sampled.prompts_per_step
         kept: list[Group] = []
@@ -117,6 +187,12 @@ class VariedGroups:
             counts,
         )
 
+    def state(self) -> dict[str, int]:
+        return self.sampled.state()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.sampled.load_state(state)
+
 
 class WithGreedyBaselines:
     """Rollouts with the greedy response to each prompt, for ReMax (Li et al. 2024, arXiv 2310.10505)."""
@@ -124,7 +200,7 @@ class WithGreedyBaselines:
     def __init__(self, sampled: SampledRollouts) -> None:
         self.sampled = sampled
 
-    def next_batch(self, watch: Stopwatch) -> TrainBatch:
+    def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
         """Return the rollouts of prompts whose greedy response has a score; the others count as dropped."""
         batch = self.sampled.draw(self.sampled.prompts_per_step, watch)
         greedy = self.sampled.sample(
@@ -137,6 +213,12 @@ class WithGreedyBaselines:
         some(handles, of=f"{len(batch.prompts)} prompts with a greedy one each")
         return TrainBatch(handles, batch.prompts, counts, by_prompt)
 
+    def state(self) -> dict[str, int]:
+        return self.sampled.state()
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        self.sampled.load_state(state)
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -148,6 +230,13 @@ class Group:
     @property
     def is_varied(self) -> bool:
         return len({handle.score for handle in self.handles}) > 1
+
+
+def counted(scoring: Scoring) -> Metrics:
+    return {
+        "rollout/num_dropped": float(scoring.num_dropped),
+        "reward/num_retries": float(scoring.num_retries),
+    }
 
 
 def groups_of(batch: TrainBatch) -> list[Group]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-VARYING = ("timing/", "throughput/", "memory/", "recoveries/")  # what two equal runs may differ in
+VARYING = ("timing/", "throughput/", "idle/", "memory/", "recoveries/")  # what two equal runs may differ in
 SMALL = [
     "experiment=quickstart",
     "sft.num_steps=3",

@@ -21,14 +21,14 @@ def prompt(number: int) -> Prompt:
     )
 
 
-def rollout(of: Prompt, sample: int, *, length: int, truncated: bool = False) -> Rollout:
+def rollout(of: Prompt, sample: int, *, length: int, truncated: bool = False, version: int = 0) -> Rollout:
     return Rollout(
         of,
         sample,
         response_ids=np.arange(length, dtype=np.int32),
         rollout_logprobs=np.zeros(length, np.float32),
         response_mask=np.ones(length, np.bool_),
-        policy_versions=np.zeros(length, np.int32),
+        policy_versions=np.full(length, version, np.int32),
         finish_reason="length" if truncated else "stop",
         text=f"response {of.id}.{sample}",
     )
@@ -58,6 +58,37 @@ class NumberedPrompts:
         self.drawn = state["drawn"]
 
 
+@dataclass(eq=False)
+class StandInOrder:
+    """Chunks that are still to be finished, by their numbers."""
+
+    finish: Callable[[int], None]
+    numbers: list[int]
+
+    @property
+    def done(self) -> bool:
+        return not self.numbers
+
+    def cancel(self) -> None:
+        self.numbers.clear()
+
+
+@dataclass(eq=False)
+class StandInScores:
+    """A round of scoring."""
+
+    of: StandIns
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        self.of.asked.append("score")
+        self.chunks.append(chunk)
+
+    def result(self) -> Scoring:
+        judged = [[self.of.judge(info, chunk) for info in chunk.infos] for chunk in self.chunks]
+        return Scoring.of(self.chunks, judged, num_retries=self.of.num_retries)
+
+
 @dataclass
 class StandIns:
     """All partners in one, with one list of what was asked of them.
@@ -67,7 +98,8 @@ class StandIns:
 
     script: Script = lambda number, sample, temperature: float(number)
     chunk_size: int = 2
-    order: Callable[[list[Chunk]], Iterable[Chunk]] = reversed  # in which chunks are finished
+    order_of_chunks: Callable[[list[Chunk]], Iterable[Chunk]] = reversed  # in which they are finished
+    choose: Callable[[list[StandInOrder]], StandInOrder] = lambda orders: orders[0]  # who is next to get a chunk
     num_ranks: int = 2
     kl: float = 0.0
     fail_sync_at: int | None = None
@@ -81,6 +113,8 @@ class StandIns:
     seeds: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     judged: list[Sequence[Sequence[ScoredHandle]]] = field(default_factory=list)
+    version: int = 0  # of the weights that the generators hold
+    orders: list[StandInOrder] = field(default_factory=list)
 
     # --- generators
 
@@ -88,14 +122,36 @@ class StandIns:
         self.asked.append(f"sample {len(prompts)} x {sampling.num_samples}")
         self.samplings.append(sampling)
         self.sampled.append([of.id for of in prompts])
-        rollouts = [
-            rollout(of, sample, length=1 + of.id % 3) for of in prompts for sample in range(sampling.num_samples)
-        ]
-        parts = [rollouts[start : start + self.chunk_size] for start in range(0, len(rollouts), self.chunk_size)]
-        chunks = [Chunk(tuple(map(RolloutInfo.of, part)), (part, sampling.temperature)) for part in parts]
-        for chunk in self.order(chunks):
+        for chunk in self.order_of_chunks(self._chunks(prompts, sampling)):
             self.asked.append("chunk")
             yield chunk
+
+    def order(
+        self, prompts: Sequence[Prompt], sampling: Sampling, deliver: Callable[[Chunk], None], *, urgent: bool
+    ) -> StandInOrder:
+        """Each chunk is sampled as it is attended to, by the weights of that moment."""
+        self.asked.append(f"order {len(prompts)} x {sampling.num_samples}")
+        self.sampled.append([of.id for of in prompts])
+        count = -(-len(prompts) * sampling.num_samples // self.chunk_size)
+        order = StandInOrder(lambda number: deliver(self._chunks(prompts, sampling)[number]), list(range(count)))
+        self.orders.append(order)
+        return order
+
+    def attend(self) -> None:
+        """Finish a chunk of some order that has one left, chosen by `choose`."""
+        waiting = [order for order in self.orders if not order.done]
+        order = self.choose(waiting)
+        self.asked.append("chunk")
+        order.finish(order.numbers.pop())
+
+    def _chunks(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Chunk]:
+        rollouts = [
+            rollout(of, sample, length=1 + of.id % 3, version=self.version)
+            for of in prompts
+            for sample in range(sampling.num_samples)
+        ]
+        parts = [rollouts[start : start + self.chunk_size] for start in range(0, len(rollouts), self.chunk_size)]
+        return [Chunk(tuple(map(RolloutInfo.of, part)), (part, sampling.temperature)) for part in parts]
 
     def read(self, handles: Sequence[ScoredHandle]) -> list[Rollout]:
         self.asked.append("read")
@@ -107,15 +163,16 @@ class StandIns:
 
     # --- rewards
 
-    def score(self, chunks: Iterable[Chunk]) -> Scoring:
-        taken, judged = [], []
-        for chunk in chunks:
-            self.asked.append("score")
-            taken.append(chunk)
-            judged.append([self._judged(info, chunk) for info in chunk.infos])
-        return Scoring.of(taken, judged, num_retries=self.num_retries)
+    def open(self) -> StandInScores:
+        return StandInScores(self)
 
-    def _judged(self, info: RolloutInfo, chunk: Chunk) -> Judged:
+    def score(self, chunks: Iterable[Chunk]) -> Scoring:
+        scores = self.open()
+        for chunk in chunks:
+            scores.add(chunk)
+        return scores.result()
+
+    def judge(self, info: RolloutInfo, chunk: Chunk) -> Judged:
         score = self.script(info.prompt_id, info.sample, chunk.payload[1])  # type: ignore[index]
         return Judged(None, fault="gone") if score is None else Judged(score, {"model": score})
 
@@ -149,6 +206,7 @@ class StandIns:
         self.asked.append(f"push {version}")
         if version == self.fail_sync_at:
             raise RuntimeError("the sync failed")
+        self.version = version
         return {"sync/version": float(version)}
 
 

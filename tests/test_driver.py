@@ -140,7 +140,7 @@ def in_any_order(seed: int) -> Callable[[list[Chunk]], Iterable[Chunk]]:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_rollout_reaches_the_learner_with_its_own_score_and_baseline(seed: int) -> None:
     """Through shaping, dealing and the addresses that travel, whatever order the chunks come in."""
-    partners = StandIns(own_score, chunk_size=3, order=in_any_order(seed), num_ranks=3)
+    partners = StandIns(own_score, chunk_size=3, order_of_chunks=in_any_order(seed), num_ranks=3)
     shaping = ShapingConfig(normalise=True)
     driver = make_driver(partners, rollouts=WithGreedyBaselines, shaping=shaping, estimator="remax")
     driver.iterate()
@@ -161,7 +161,7 @@ def test_a_rollout_reaches_the_learner_with_its_own_score_and_baseline(seed: int
 def test_the_order_in_which_chunks_finish_changes_nothing() -> None:
     dealt = []
     for order in (lambda chunks: chunks, reversed, in_any_order(1), in_any_order(2)):
-        partners = StandIns(own_score, chunk_size=3, order=order)
+        partners = StandIns(own_score, chunk_size=3, order_of_chunks=order)
         make_driver(partners).iterate()
         dealt.append(
             [
@@ -173,7 +173,7 @@ def test_the_order_in_which_chunks_finish_changes_nothing() -> None:
 
 
 def test_the_table_of_samples_shows_each_with_its_own_score() -> None:
-    partners = StandIns(own_score, chunk_size=3, order=in_any_order(5))
+    partners = StandIns(own_score, chunk_size=3, order_of_chunks=in_any_order(5))
     handles = make_driver(partners, shaping=ShapingConfig(clip=0.5)).iterate().handles
     rows = samples(partners, random.Random(6).sample(handles, len(handles)))
     assert len(rows) == 8
@@ -311,8 +311,8 @@ def test_rollouts_that_are_lost_are_sampled_again_from_the_same_prompts() -> Non
     class Losing(SampledRollouts):
         losses = 1
 
-        def next_batch(self, watch: Stopwatch) -> TrainBatch:
-            batch = super().next_batch(watch)
+        def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
+            batch = super().next_batch(step, watch)
             if self.losses:
                 self.losses -= 1
                 raise RolloutsLostError("gone with their node")
@@ -321,11 +321,11 @@ def test_rollouts_that_are_lost_are_sampled_again_from_the_same_prompts() -> Non
     partners, prompts = StandIns(), NumberedPrompts()
     sampled = Losing(prompts, partners, partners, sampling=SAMPLING, prompts_per_step=4)
     recoveries = Recoveries(limit=1, note=lambda text: None)
-    again = SampledAgain(sampled, prompts, recoveries)
-    assert [of.id for of in again.next_batch(Stopwatch()).prompts] == [0, 1, 2, 3]
-    assert [of.id for of in again.next_batch(Stopwatch()).prompts] == [4, 5, 6, 7]
+    again = SampledAgain(sampled, recoveries)
+    assert [of.id for of in again.next_batch(0, Stopwatch()).prompts] == [0, 1, 2, 3]
+    assert [of.id for of in again.next_batch(0, Stopwatch()).prompts] == [4, 5, 6, 7]
     assert partners.sampled == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
     assert recoveries.metrics()["recoveries/rollouts"] == 1
     sampled.losses = 2
     with pytest.raises(ProcessError, match="gone with their node"):
-        again.next_batch(Stopwatch())
+        again.next_batch(0, Stopwatch())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver import Chunk, RolloutInfo, ScoredHandle, Stopwatch, describe, timings
+from cluster.driver import Chunk, RolloutInfo, ScoredHandle, Stopwatch, describe, staleness, timings
 from cluster.report import PANELS
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "metrics.md"
@@ -68,8 +68,16 @@ def test_every_curve_that_is_drawn_is_explained() -> None:
 
 @pytest.mark.parametrize("prefix", ["rollout", "eval"])
 def test_the_figures_of_rollouts_and_of_time_are_explained(prefix: str) -> None:
-    info = RolloutInfo(prompt_id=0, sample=0, num_tokens=5, num_response_tokens=2, truncated=False, repetition=0.0)
+    info = RolloutInfo(
+        prompt_id=0,
+        sample=0,
+        num_tokens=5,
+        num_response_tokens=2,
+        truncated=False,
+        repetition=0.0,
+        versions=((3, 2),),
+    )
     handles = [ScoredHandle(info, Chunk((info,), payload=None), row=0, score=1.0)]
     watch = Stopwatch(dict.fromkeys(("step_s", "generate_s", "wait_for_generators_s", "learn_s", "sync_s"), 1.0))
-    recorded = describe(handles, prefix=prefix) | timings(watch, handles)
+    recorded = describe(handles, prefix=prefix) | timings(watch, handles) | staleness(handles, 4, limit=2)
     assert recorded.keys() - documented_keys(PAGE) == set()

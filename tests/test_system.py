@@ -22,6 +22,7 @@ TWO_OF_EACH = ("cluster.num_generators=2", "cluster.num_learners=2")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run_dir = tmp_path_factory.mktemp("runs") / "first"
     more = ("tracking.export_every=2", "tracking.tensorboard=true", "tracking.wandb=offline", "checkpoint.every=2")
+    more += ("tracking.trace_steps=[2]",)
     with launched(run_dir, *TWO_OF_EACH, *more) as run:
         run.succeed()
         run.assert_nothing_left()
@@ -99,6 +100,57 @@ def test_the_export_is_a_working_checkpoint(finished_run: tuple[Path, str]) -> N
 def test_checkpoints_are_kept_of_the_last_steps(finished_run: tuple[Path, str]) -> None:
     kept = sorted(path.name for path in (finished_run[0] / "checkpoints").iterdir())
     assert kept == ["ppo-000002", "ppo-000003", "ppo-start", "reward-start", "sft-start"]
+
+
+def test_a_trace_has_a_row_for_each_process_and_what_it_did(finished_run: tuple[Path, str]) -> None:
+    (path,) = (finished_run[0] / "trace").iterdir()
+    assert path.name == "step_000002.json"
+    events = json.loads(path.read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    done: dict[str, set[str]] = {name: set() for name in rows.values()}
+    for event in events:
+        if event["ph"] == "X":
+            done[rows[event["tid"]]].add(event["name"])
+    assert done.keys() == {"driver", "reward 0", *(f"{role} {i}" for role in ("generator", "learner") for i in (0, 1))}
+    assert {"step", "generate", "learn", "sync"} <= done["driver"]
+    assert {"sample", "receive_weights"} <= done["generator 0"] & done["generator 1"]
+    assert {"update", "send_weights"} <= done["learner 0"] & done["learner 1"]
+    assert "score" in done["reward 0"]
+    row = metrics_of(finished_run[0])[-1]
+    assert 0 < row["idle/generator_0"] < 1
+    assert 0 < row["idle/learner_1"] < 1
+
+
+@pytest.fixture(scope="module")
+def ahead_run(finished_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose generators sample ahead of the learner."""
+    run_dir = tmp_path_factory.mktemp("runs") / "ahead"
+    export = finished_run[0] / "export"
+    settings = (
+        "stages=[ppo]",
+        "model.init_config=null",
+        f"model.path={export / 'sft'}",
+        f"reward.sources=[{{type: model, path: '{export / 'reward'}'}}]",
+        "algorithm=ppo_async",
+        "algorithm.num_steps=4",
+        "evaluation.every=2",
+    )
+    with launched(run_dir, *settings) as run:
+        run.succeed()
+        run.assert_nothing_left()
+    return run_dir
+
+
+def test_sampling_ahead_trains_on_tokens_of_the_version_before_and_corrects_the_gap(ahead_run: Path) -> None:
+    rows = [row for row in metrics_of(ahead_run) if row["stage"] == "ppo"]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[1]["rollout/staleness_max"] == 0
+    assert any(row["rollout/staleness_mean"] > 0 for row in rows[2:])
+    for row in rows[1:]:
+        assert row["rollout/staleness_max"] <= 1
+        assert row["rollout/staleness_0"] + row["rollout/staleness_1"] == pytest.approx(1)
+        assert row["rollout/num_rollouts"] == 16
+    assert logged_keys(ahead_run / "metrics.jsonl") <= documented_keys(PROJECT / "docs" / "metrics.md")
 
 
 @pytest.fixture(scope="module")

@@ -421,18 +421,6 @@ def shared_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 class TestGoodUpdates:
     """On one generator, gone before the next test: shutting down an engine breaks any other one in its process."""
 
-    def test_an_update_does_not_start_while_requests_run(self, shared_pair: Pair) -> None:
-        pair = shared_pair
-        short = SampleRequest(make_prompt(), 0, 1, 1.0, 1)
-        running = pair.generator.generate([short, replace(short, sample=1, max_new_tokens=16)])
-        next(running)
-        with pytest.raises(RuntimeError, match="still sampling"):
-            pair.generator.start_weight_update()
-        assert len(list(running)) == 1
-        pair.change_weights(2)
-        pair.sync(2)
-        assert pair.gaps(pair.sample()).max() < 1e-5
-
     def test_a_new_connection_replaces_the_old_one(self, shared_pair: Pair) -> None:
         """As when another generator of the group has been replaced."""
         pair = shared_pair

@@ -53,6 +53,9 @@ class AlgorithmConfig:
     samples_per_prompt: int = 1
     mini_batch_size: int = 128  # rollouts over all ranks in one optimizer step
     ppo_epochs: int = 1
+    max_staleness: int = (
+        0  # versions by which the weights that sampled a token may be older than those it is trained on
+    )
     # --- KL penalty in the reward
     kl_coef: float = 0.05
     kl_estimator: str = "k1"
@@ -124,6 +127,7 @@ class AlgorithmConfig:
     def _check_sizes(self) -> None:
         for name in ("num_steps", "prompts_per_step", "samples_per_prompt", "mini_batch_size", "ppo_epochs"):
             at_least(f"algorithm.{name}", getattr(self, name), 1)
+        at_least("algorithm.max_staleness", self.max_staleness, 0)
         if self.train_batch_size % self.mini_batch_size:
             fits = [n for n in range(1, self.train_batch_size + 1) if self.train_batch_size % n == 0]
             nearest = min(fits, key=lambda n: abs(n - self.mini_batch_size))
@@ -193,6 +197,17 @@ class AlgorithmConfig:
         if self.correction != "none" and self.old_logprobs == "engine":
             remedy = "with algorithm.old_logprobs=engine the ratio already has the engine's; set it to none"
             raise ConfigError("algorithm.correction", self.correction, remedy)
+        if self.max_staleness > 0:
+            if self.correction == "none" and self.old_logprobs == "learner":
+                remedy = (
+                    f"with algorithm.max_staleness={self.max_staleness} rollouts are sampled by older weights, and "
+                    "nothing corrects that; set algorithm.correction=token (or sequence, icepop)"
+                )
+                raise ConfigError("algorithm.correction", self.correction, remedy)
+            for name, on in (("filter_groups", self.filter_groups), ("estimator", self.estimator == "remax")):
+                if on:
+                    remedy = f"{name}={getattr(self, name)} samples in rounds that wait for each other; set it to 0"
+                    raise ConfigError("algorithm.max_staleness", self.max_staleness, remedy)
         above("algorithm.correction_cap", self.correction_cap, 0)
         within("algorithm.icepop_low", self.icepop_low, 0, 1)
         at_least("algorithm.icepop_high", self.icepop_high, 1)

@@ -78,9 +78,12 @@ class TrackingConfig:
     wandb_project: str = "manta"
     tensorboard: bool = False
     samples_per_step: int = 8  # rollouts a step that are written to samples.jsonl
+    trace_steps: tuple[int, ...] = ()  # iterations of ppo of which trace/step_<n>.json says who was busy with what
     export_every: int = 0  # steps; 0: only at the end
 
     def __post_init__(self) -> None:
         one_of("tracking.wandb", self.wandb, WANDB_MODES)
         at_least("tracking.samples_per_step", self.samples_per_step, 0)
+        for step in self.trace_steps:
+            at_least("tracking.trace_steps", step, 1)
         at_least("tracking.export_every", self.export_every, 0)
