@@ -35,7 +35,9 @@ class Reactor:
         calls = [*dict.fromkeys([*refs, *followed])]
         if not calls:
             return []
-        done, _ = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
+        done, rest = ray.wait(calls, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if done and rest:  # where one is, there are often more: all are taken at once
+            done += ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]
         for ref in done:
             if ref in followed:
                 followed[ref].ready(ref)

@@ -190,7 +190,7 @@ class Questions:
 
     def _least_asked(self, number: int) -> int:
         """Return who has the fewest to answer; of several, each in turn."""
-        count = len(self.members)
-        done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0) if self._calls else ([], [])
-        load = Counter(question.who for ref, question in self._calls.items() if ref not in set(done))
+        count, calls = len(self.members), list(self._calls)
+        answered = set(ray.wait(calls, num_returns=len(calls), timeout=0)[0]) if calls else set()
+        load = Counter(question.who for ref, question in self._calls.items() if ref not in answered)
         return min(range(count), key=lambda who: (load[who], (who - number) % count))

@@ -21,8 +21,8 @@ TWO_OF_EACH = ("cluster.num_generators=2", "cluster.num_learners=2")
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     run_dir = tmp_path_factory.mktemp("runs") / "first"
-    more = ("tracking.export_every=2", "tracking.tensorboard=true", "tracking.wandb=offline", "checkpoint.every=2")
-    more += ("tracking.trace_steps=[2]",)
+    more = ["tracking.export_every=2", "tracking.tensorboard=true", "tracking.wandb=offline", "checkpoint.every=2"]
+    more += ["tracking.trace_steps=[2]"]
     with launched(run_dir, *TWO_OF_EACH, *more) as run:
         run.succeed()
         run.assert_nothing_left()
