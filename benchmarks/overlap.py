@@ -73,7 +73,7 @@ def ppo_run(work: Path, start: Path, seed: int, max_staleness: int, settings: Se
 
 
 def median(rows: Sequence[dict[str, Any]], key: str) -> float:
-    return statistics.median(row[key] for row in rows)
+    return float(statistics.median(row[key] for row in rows))
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ class Bundle:
     index: int
     cpus: int
     gpus: int
+    threads: int = 1  # of OpenMP, on a CPU
 
     def resources(self) -> dict[str, float]:
         return {"CPU": float(self.cpus)} | ({"GPU": float(self.gpus)} if self.gpus else {})
@@ -31,8 +32,9 @@ def plan(
     """Return one bundle for each process of the named roles: a core each and, on GPUs, as many GPUs as it uses."""
     gpus = {"generator": generator.tensor_parallel_size, "reward": 1, "learner": 1}
     counts = {"generator": cluster.num_generators, "reward": cluster.num_rewards, "learner": cluster.num_learners}
+    threads = dict.fromkeys(gpus, cluster.threads) | {"learner": cluster.learner_threads or cluster.threads}
     return tuple(
-        Bundle(role, index, cpus=1, gpus=gpus[role] if device == "cuda" else 0)
+        Bundle(role, index, cpus=1, gpus=gpus[role] if device == "cuda" else 0, threads=threads[role])
         for role in roles
         for index in range(counts[role])
     )

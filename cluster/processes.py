@@ -78,9 +78,10 @@ class Placement:
     def start(self, process: type[Process], bundle: Bundle) -> Any:
         """Return the handle of a new process in the place of the bundle."""
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles.index(bundle))
+        environment = self.environment if bundle.gpus else self.environment | {"OMP_NUM_THREADS": str(bundle.threads)}
         return (
             ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, concurrency_groups=THREADS)(process)
-            .options(scheduling_strategy=strategy, runtime_env={"env_vars": self.environment})
+            .options(scheduling_strategy=strategy, runtime_env={"env_vars": environment})
             .remote()
         )
 

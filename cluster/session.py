@@ -36,20 +36,20 @@ class Session:
         bundles = plan(self.cluster, self.generator, device=self.device, roles=roles)
         group = reserve(bundles, timeout_s=self.cluster.start_timeout_s)
         try:
-            yield Placement(group, bundles, process_environment(self.cluster, self.device))
+            yield Placement(group, bundles, process_environment(self.device))
         finally:
             ray.util.remove_placement_group(group)  # Ray ends the processes that stand in it
 
 
-def process_environment(cluster: ClusterConfig, device: str) -> dict[str, str]:
-    """Return what every process needs in its environment before it imports anything.
+def process_environment(device: str) -> dict[str, str]:
+    """Return what every process needs in its environment before it imports anything, beside its number of threads.
 
     Ray writes it to its logs and shows it on its pages, so nothing secret may be in it.
     """
     environment = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path()}
     if device == "cpu":
         # Spinning OpenMP threads make every process on a busy machine many times slower.
-        environment |= {"OMP_NUM_THREADS": str(cluster.threads), "OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
+        environment |= {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
     return environment
 
 

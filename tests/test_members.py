@@ -43,7 +43,7 @@ class Worker(Process):
 def placement() -> Iterator[Placement]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     bundles = (Bundle("reward", 0, 1, 0), Bundle("reward", 1, 1, 0))
-    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment(LIMITS, "cpu"))
+    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment("cpu"))
     ray.shutdown()
 
 

@@ -33,7 +33,7 @@ def raylet() -> Iterator[int]:
 
 def test_a_driver_whose_node_is_lost_gives_up_at_once_and_says_what_to_do(raylet: int) -> None:
     bundles = (Bundle("reward", 0, 1, 0),)
-    placement = Placement(reserve(bundles, timeout_s=60), bundles, process_environment(LIMITS, "cpu"))
+    placement = Placement(reserve(bundles, timeout_s=60), bundles, process_environment("cpu"))
     recoveries = Recoveries(limit=2, note=lambda text: None)
     members = Members(placement, Process, "reward", begin=None, limits=LIMITS, recoveries=recoveries)
     assert ray.get(members.handles[0].ping.remote(), timeout=120)

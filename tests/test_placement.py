@@ -89,7 +89,7 @@ def cluster() -> Iterator[None]:
 def workers(cluster: None) -> Iterator[list[object]]:
     bundles = (Bundle("generator", 0, 1, 0), Bundle("generator", 1, 1, 0))
     group = reserve(bundles, timeout_s=30)
-    placement = Placement(group, bundles, process_environment(ClusterConfig(), "cpu"))
+    placement = Placement(group, bundles, process_environment("cpu"))
     yield [placement.start(Worker, bundle) for bundle in placement.places("generator")]
     ray.util.remove_placement_group(group)
 
@@ -133,3 +133,14 @@ def test_a_death_and_a_silence_say_which_process(workers: list[object]) -> None:
         collect(refs, what="asking", timeout_s=30)
     with pytest.raises(ProcessError, match=r"asking: no answer from process \[0\] within 1 s"):
         collect([first.sleep.remote()], what="asking", timeout_s=1)  # type: ignore[attr-defined]
+
+
+def test_learner_ranks_may_have_threads_of_their_own() -> None:
+    def threads(**settings: int) -> dict[str, int]:
+        roles = ("generator", "reward", "learner")
+        bundles = plan(ClusterConfig(**settings), GeneratorConfig(), device="cpu", roles=roles)
+        return {bundle.role: bundle.threads for bundle in bundles}
+
+    assert threads() == {"generator": 1, "reward": 1, "learner": 1}
+    assert threads(threads=3) == {"generator": 3, "reward": 3, "learner": 3}
+    assert threads(learner_threads=2) == {"generator": 1, "reward": 1, "learner": 2}

@@ -51,7 +51,7 @@ class Pretender:
 def placement() -> Iterator[Placement]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     bundles = (Bundle("learner", 0, 1, 0), Bundle("learner", 1, 1, 0))
-    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment(LIMITS, "cpu"))
+    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment("cpu"))
     ray.shutdown()
 
 

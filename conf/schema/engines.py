@@ -170,6 +170,7 @@ class ClusterConfig:
     num_rewards: int = 1
     num_learners: int = 1
     threads: int = 1  # OpenMP threads of each CPU process
+    learner_threads: int | None = None  # of each learner rank, None: threads
     start_timeout_s: float = 600.0  # until every actor has to be up
     call_timeout_s: float = 1800.0  # longest that one remote call may take
     sync_timeout_s: float = 300.0
@@ -182,6 +183,8 @@ class ClusterConfig:
         one_of("cluster.device", self.device, DEVICES)
         for name in ("num_generators", "num_rewards", "num_learners", "threads"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
+        if self.learner_threads is not None:
+            at_least("cluster.learner_threads", self.learner_threads, 1)
         for name in ("start_timeout_s", "call_timeout_s", "sync_timeout_s", "replace_timeout_s", "grace_s"):
             above(f"cluster.{name}", getattr(self, name), 0)
         if self.sync_timeout_s >= self.call_timeout_s:
