@@ -12,9 +12,8 @@ quickstart: $(INSTALLED)
 test: $(INSTALLED)
 ifdef ARGS
 	$(BIN)/python -m pytest $(ARGS)
-else  # two files at a time; the runs of the whole system last
-	$(BIN)/python -m pytest -m "not system" --numprocesses 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m system --numprocesses 2 --dist loadfile
+else  # two files at a time, in the order of tests/conftest.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 endif
 
 lint: $(INSTALLED)

@@ -52,6 +52,13 @@ def configure_environment(device: str) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings at every start and update are benign here
 
 
+def import_engine(device: str) -> None:
+    """Import vLLM's engine, which takes seconds, so that a generator that is made later starts at once."""
+    configure_environment(device)
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+
 class VLLMGenerator:
     """Samples from a causal language model with continuous batching.
 

@@ -49,7 +49,7 @@ def process_environment(device: str) -> dict[str, str]:
     environment = {"TOKENIZERS_PARALLELISM": "false", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": python_path()}
     if device == "cpu":
         # Spinning OpenMP threads make every process on a busy machine many times slower.
-        environment |= {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu"}
+        environment |= {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
     return environment
 
 

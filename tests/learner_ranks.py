@@ -19,6 +19,8 @@ IMPORTED = (
     "torch",
     "deepspeed",
     "peft",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "transformers.optimization",
     "learner.worker",
     "learner.sft",
     "learner.reward_training",

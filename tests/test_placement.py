@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import ray
@@ -136,9 +138,9 @@ def test_a_death_and_a_silence_say_which_process(workers: list[object]) -> None:
 
 
 def test_learner_ranks_may_have_threads_of_their_own() -> None:
-    def threads(**settings: int) -> dict[str, int]:
+    def threads(**settings: Any) -> dict[str, int]:
         roles = ("generator", "reward", "learner")
-        bundles = plan(ClusterConfig(**settings), GeneratorConfig(), device="cpu", roles=roles)
+        bundles = plan(replace(ClusterConfig(), **settings), GeneratorConfig(), device="cpu", roles=roles)
         return {bundle.role: bundle.threads for bundle in bundles}
 
     assert threads() == {"generator": 1, "reward": 1, "learner": 1}
