@@ -42,17 +42,20 @@ def deal(lengths: Sequence[int], *, mini_batch_size: int, num_ranks: int, seed: 
     return dealt
 
 
-def micro_batches(lengths: Sequence[int], *, max_tokens: int) -> list[list[int]]:
-    """Return the indices cut into micro-batches of at most `max_tokens` tokens, padding included.
+def micro_batches(lengths: Sequence[int], *, max_tokens: int, padded: bool) -> list[list[int]]:
+    """Return the indices cut into micro-batches of at most `max_tokens` tokens; with `padded`, padding included.
 
-    Sorted by length, longest first, so that little is padded. A single rollout that is longer than the budget stands
-    alone.
+    Sorted by length, longest first: little is padded, and sequences of equal length stand together, which attention
+    treats as one batch. A single rollout that is longer than the budget stands alone.
     """
     batches: list[list[int]] = []
+    load = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[batches[-1][0]] if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= max_tokens:
+        more = lengths[batches[-1][0]] if padded and batches else lengths[index]
+        if batches and load + more <= max_tokens:
             batches[-1].append(index)
+            load += more
         else:
             batches.append([index])
+            load = lengths[index]
     return batches

@@ -49,6 +49,13 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, sampled_from: SampledFrom)
     return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scaled, dim=-1)
 
 
+def logprobs_and_entropy(logits: Tensor, token_ids: Tensor, sampled_from: SampledFrom, *, with_entropy: bool) -> Tensor:
+    """Return `token_logprobs` and `token_entropy`, or zeros for it, of logits [N, V] and ids [N]: [N, 2] float32."""
+    logprobs = token_logprobs(logits, token_ids, sampled_from)
+    entropy = token_entropy(logits, sampled_from) if with_entropy else torch.zeros_like(logprobs)
+    return torch.stack([logprobs, entropy], dim=-1)
+
+
 def token_entropy(logits: Tensor, sampled_from: SampledFrom) -> Tensor:
     """Return the entropy in nats of the distribution that is sampled from: logits [N, V] -> [N] float32.
 

@@ -17,6 +17,7 @@ from learner.distribution import SampledFrom
 from learner.experience import blank_batch, collate
 from learner.models import PolicyOutput
 from learner.networks import FrozenReference, Reference
+from learner.packing import is_padded
 from learner.ranks import Ranks
 
 
@@ -28,6 +29,7 @@ def mean_kl(
     *,
     sampled_from: SampledFrom,
     max_tokens: int,
+    padded: bool,
 ) -> float:
     """Return the mean over all ranks' rollouts of log p - log p_ref summed over the response. A collective.
 
@@ -36,9 +38,9 @@ def mean_kl(
         policy: the engine of a models.PolicyModel.
         reference: see `Reference`.
         sampled_from: how they were sampled, or this is no estimate of a KL.
-        max_tokens: padded tokens in one forward pass.
+        max_tokens: tokens in one forward pass; padding counts if `padded`.
     """
-    cut = micro_batches([scored.rollout.num_tokens for scored in rollouts], max_tokens=max_tokens)
+    cut = micro_batches([scored.rollout.num_tokens for scored in rollouts], max_tokens=max_tokens, padded=padded)
     batches = [collate([rollouts[i] for i in part]) for part in cut]
     stats = {"kl": 0.0, "rollouts": float(len(rollouts))}
     for batch in evened(batches):
@@ -83,6 +85,7 @@ class JudgeWorker:
             self.reference,
             sampled_from=SampledFrom(temperature, generator.top_k, generator.top_p),
             max_tokens=self.setup.learner.micro_batch_tokens,
+            padded=is_padded(self.setup.model),
         )
 
     def _frozen(self, path: str) -> Any:

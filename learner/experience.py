@@ -20,8 +20,8 @@ from actors.rollout import ScoredRollout
 class Batch:
     """One micro-batch of scored rollouts as tensors; prompt and response stand together, padded on the right.
 
-    Causal attention never sees what stands to the right, so the pads need no mask. The logits (and the value) for
-    response token t of row b are those at position `state_index[b, t]`, which is one before the token itself.
+    Networks leave the pads out, or never see them from where tokens stand (learner/packing.py). The logits (and the
+    value) for response token t of row b are those at position `state_index[b, t]`, one before the token itself.
     """
 
     token_ids: Tensor  # [B, L] int64
@@ -34,6 +34,11 @@ class Batch:
     truncated: Tensor  # [B] bool: the response was cut
     groups: Tensor  # [B] int64: the prompt's id, the same for all its samples
     baselines: Tensor  # [B] float32: what the greedy response to the prompt scored; 0 where that was not asked
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: prompt and response tokens of each row."""
+        return self.final_index + 1
 
     @property
     def num_response_tokens(self) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from conf.schema import ConfigError, ModelConfig
 from learner import zero
-from learner.distribution import SampledFrom, token_entropy, token_logprobs
+from learner.distribution import SampledFrom, logprobs_and_entropy
 from learner.experience import Batch
+from learner.packing import flat_states, in_chunks, of_states, register
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # after the vocabulary projection
 
@@ -48,6 +49,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.model = model
         self.value_head = value_head
+        in_chunks(model)
 
     def forward(self, batch: Batch, *, sampled_from: SampledFrom, with_entropy: bool = False) -> Tensor:
         """Return [3, B, T + 1] float32, which `PolicyOutput.of` takes apart.
@@ -55,18 +57,24 @@ class PolicyModel(nn.Module):
         One tensor, since ZeRO-3 counts a module's outputs on the way back, and all ranks must count alike: with
         several, a rank that has no use for one of them would be out of step.
         """
-        hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state  # [B, L, H]
-        states = select_states(hidden, batch.state_index)[batch.mask]  # [N, H]
-        logits = self.model.get_output_embeddings()(states)  # [N, V]
-        logprobs = token_logprobs(logits, batch.response_ids[batch.mask], sampled_from)
+        hidden, starts = flat_states(self.model, batch.token_ids, batch.lengths)  # [P, H], [B]
+        states = hidden[(starts.unsqueeze(-1) + batch.state_index)[batch.mask]]  # [N, H]
+        said = self._of_tokens(states, batch.response_ids[batch.mask], sampled_from, with_entropy=with_entropy)
         mask = nn.functional.pad(batch.mask, (0, 1))
         blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-        entropy = values = blank
-        if with_entropy:
-            entropy = blank.masked_scatter(mask, token_entropy(logits, sampled_from))
+        logprobs, entropy = (blank.masked_scatter(mask, of_tokens) for of_tokens in said.unbind(-1))
+        values = blank
         if self.value_head is not None:
-            values = head_values(self.value_head, hidden, batch)
-        return torch.stack([blank.masked_scatter(mask, logprobs), entropy, values])
+            values = head_values(self.value_head, hidden, starts, batch)
+        return torch.stack([logprobs, entropy, values])
+
+    def _of_tokens(self, states: Tensor, token_ids: Tensor, sampled_from: SampledFrom, *, with_entropy: bool) -> Tensor:
+        """Return log-probabilities and entropies [N, 2] of states [N, H] and the tokens chosen in them [N]."""
+
+        def say(logits: Tensor, ids: Tensor) -> Tensor:
+            return logprobs_and_entropy(logits, ids, sampled_from, with_entropy=with_entropy)
+
+        return of_states(self.model.get_output_embeddings(), states, say, token_ids)
 
 
 class CriticModel(nn.Module):
@@ -78,27 +86,23 @@ class CriticModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return values [B, T + 1] float32, as `head_values` says."""
-        hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
-        return head_values(self.model.score, hidden, batch)
+        return head_values(self.model.score, *flat_states(self.model, batch.token_ids, batch.lengths), batch)
 
 
-def head_values(head: nn.Module, hidden: Tensor, batch: Batch) -> Tensor:
+def head_values(head: nn.Module, hidden: Tensor, starts: Tensor, batch: Batch) -> Tensor:
     """Return the values that `head`, [H] -> [1], gives the states of a batch: [B, T + 1] float32.
+
+    `hidden` [P, H] and `starts` [B] are as `flat_states` returns them.
 
     Place t is of the state in which token t is chosen, zero where the mask is False; the last place is of the state
     after the last response token.
     """
-    states = select_states(hidden, batch.state_index)[batch.mask]  # [N, H]
-    finals = select_states(hidden, batch.final_index.unsqueeze(-1)).squeeze(1)  # [B, H]
+    states = hidden[(starts.unsqueeze(-1) + batch.state_index)[batch.mask]]  # [N, H]
+    finals = hidden[starts + batch.final_index]  # [B, H]
     values = head(torch.cat([states, finals])).squeeze(-1).float()
     blank = torch.zeros(batch.mask.shape, dtype=torch.float32, device=values.device)
     of_tokens = blank.masked_scatter(batch.mask, values[: len(states)])
     return torch.cat([of_tokens, values[len(states) :].unsqueeze(-1)], dim=-1)
-
-
-def select_states(hidden: Tensor, index: Tensor) -> Tensor:
-    """Return hidden[b, index[b, t]]: [B, L, H] and [B, T] -> [B, T, H]."""
-    return hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def without_dropout(config: Any) -> Any:
@@ -134,6 +138,7 @@ def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bo
     """Return the checkpoint's causal language model in float32, as `checked_causal` has it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register()
     config = checked_causal(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
     return AutoModelForCausalLM.from_pretrained(
         path,
@@ -153,6 +158,7 @@ def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code:
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    register()
     config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     config.num_labels = 1
     return AutoModelForSequenceClassification.from_pretrained(
@@ -183,6 +189,7 @@ def initial_causal_lm(folder: str, *, seed: int, attn_implementation: str) -> An
     """Return a causal language model of the folder's config.json with random weights, as `checked_causal` has it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    register()
     torch.manual_seed(seed)
     config = checked_causal(AutoConfig.from_pretrained(folder), folder)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)

@@ -26,10 +26,10 @@ class TextLoss:
     Which rows follows from a seed alone, so there is nothing to resume.
     """
 
-    def __init__(self, rows: Sequence[IntArray], ptx: PTXConfig, *, max_tokens: int) -> None:
-        """`rows` have at least two tokens each; `max_tokens` padded ones go through one forward pass."""
+    def __init__(self, rows: Sequence[IntArray], ptx: PTXConfig, *, max_tokens: int, padded: bool) -> None:
+        """`rows` have at least two tokens each; `max_tokens` go through one forward pass, padding too if `padded`."""
         assert rows, "no rows"
-        self.rows, self.coef, self.max_tokens = rows, ptx.coef, max_tokens
+        self.rows, self.coef, self.max_tokens, self.padded = rows, ptx.coef, max_tokens, padded
         self.batch_size = min(ptx.batch_size, len(rows))
 
     def mini_batch(self, seed: Sequence[int]) -> list[IntArray]:
@@ -45,7 +45,8 @@ class TextLoss:
         rows = self.mini_batch(seed)
         tokens = sum(len(row) - 1 for row in rows)
         share = 0.0
-        for batch in evened(text_batches(rows[dist.get_rank() :: dist.get_world_size()], max_tokens=self.max_tokens)):
+        own = rows[dist.get_rank() :: dist.get_world_size()]
+        for batch in evened(text_batches(own, max_tokens=self.max_tokens, padded=self.padded)):
             if batch is None:
                 blank_pass(policy, sampled_from=WHOLE)
                 continue
@@ -56,9 +57,9 @@ class TextLoss:
         return share
 
 
-def text_batches(rows: Sequence[IntArray], *, max_tokens: int) -> list[Batch]:
+def text_batches(rows: Sequence[IntArray], *, max_tokens: int, padded: bool) -> list[Batch]:
     """Return the rows as micro-batches in which every token but the first is to be predicted."""
-    cut = micro_batches([len(row) for row in rows], max_tokens=max_tokens)
+    cut = micro_batches([len(row) for row in rows], max_tokens=max_tokens, padded=padded)
     return [collate([as_rollout(rows[index]) for index in part]) for part in cut]
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learner import lora, models
+from learner.packing import flat_states
 from learner.ppo import last_position
 from learner.supervised import Sequences, SupervisedWorker, pad_sequences, to_device
 
@@ -35,9 +35,8 @@ class RewardTrainingModel(nn.Module):
 
     def forward(self, batch: Sequences) -> Tensor:
         """Return scores [B] float32; the last token is found by position, never by comparing with a pad id."""
-        hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        scores: Tensor = self.model.score(hidden[rows, last_position(batch.mask)]).squeeze(-1).float()
+        hidden, starts = flat_states(self.model, batch.token_ids, batch.lengths)
+        scores: Tensor = self.model.score(hidden[starts + last_position(batch.mask)]).squeeze(-1).float()
         return scores
 
 

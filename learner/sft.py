@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from learner import lora, models
+from learner.packing import flat_states, in_chunks, of_states
 from learner.supervised import Sequences, SupervisedWorker, pad_sequences, to_device
 
 
@@ -30,13 +32,22 @@ class SFTModel(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        in_chunks(model)
 
     def forward(self, batch: Sequences) -> tuple[Tensor, Tensor]:
         """Return (negative log-likelihood summed over answer tokens, how many of them the model ranks first)."""
-        hidden = self.model.base_model(input_ids=batch.token_ids, use_cache=False).last_hidden_state[:, :-1]
-        logits = self.model.get_output_embeddings()(hidden[batch.label_mask]).float()  # [N, V]
+        hidden, starts = flat_states(self.model, batch.token_ids, batch.lengths)  # [P, H], [B]
+        places = starts.unsqueeze(-1) + torch.arange(batch.token_ids.shape[1] - 1, device=hidden.device)
+        states = hidden[places[batch.label_mask]]  # [N, H]
         labels = batch.token_ids[:, 1:][batch.label_mask]
-        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(-1) == labels).sum().detach()
+        losses, right = of_states(self.model.get_output_embeddings(), states, token_losses, labels).unbind(-1)
+        return losses.sum(), right.sum().detach()
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each label, and 1 where the model ranks it first: [N, V], [N] -> [N, 2] float32."""
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    return torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
 from learner import checkpoint, lora, models, zero
 from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
+from learner.packing import is_padded
 from learner.ranks import Ranks
 
 Row = TypeVar("Row")
@@ -48,6 +49,11 @@ class Sequences:
     token_ids: Tensor  # [B, L] int64
     mask: Tensor  # [B, L] bool: a real token
     num_prompt_tokens: Tensor  # [B] int64
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: the tokens of each sequence."""
+        return self.mask.sum(-1)
 
     @property
     def label_mask(self) -> Tensor:
@@ -167,7 +173,11 @@ class SupervisedWorker:
 
     def _parts(self, rows: Sequence[Row]) -> list[list[Row] | None]:
         """Return the rows cut into micro-batches, then None as often as another rank has more of them."""
-        cut = micro_batches([self.length(row) for row in rows], max_tokens=self.setup.learner.micro_batch_tokens)
+        cut = micro_batches(
+            [self.length(row) for row in rows],
+            max_tokens=self.setup.learner.micro_batch_tokens,
+            padded=is_padded(self.setup.model),
+        )
         return evened([[rows[i] for i in part] for part in cut])
 
 

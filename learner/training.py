@@ -15,6 +15,7 @@ from learner.guard import UpdateGuard, Verdict
 from learner.models import PolicyOutput
 from learner.networks import LearnerSetup, Networks
 from learner.objective import Counts, PolicyObjective
+from learner.packing import is_padded
 from learner.ptx import TextLoss
 from learner.record import Record
 from learner.steps import backward, blank_pass, discard, step
@@ -30,7 +31,12 @@ class Training:
         self.guard = UpdateGuard.of(setup.algorithm)
         self.text: TextLoss | None = None
         if setup.ptx_rows:
-            self.text = TextLoss(setup.ptx_rows, setup.algorithm.ptx, max_tokens=setup.learner.micro_batch_tokens)
+            self.text = TextLoss(
+                setup.ptx_rows,
+                setup.algorithm.ptx,
+                max_tokens=setup.learner.micro_batch_tokens,
+                padded=is_padded(setup.model),
+            )
         self.nonfinite_in_a_row = 0
 
     def run(self, mini_batches: Sequence[Sequence[Experience]], *, seed: int, train_policy: bool) -> dict[str, float]:

@@ -22,6 +22,7 @@ from learner.describe import describe
 from learner.divergence import mean_kl
 from learner.experience import Batch, Evaluation, blank_batch, collate
 from learner.networks import LearnerSetup, make_networks
+from learner.packing import is_padded
 from learner.preparation import Preparation, whitened
 from learner.ranks import Ranks
 from learner.training import Training
@@ -84,11 +85,14 @@ class LearnerWorker:
             self.networks.reference,
             sampled_from=replace(self.setup.sampled_from, temperature=temperature),
             max_tokens=self.setup.learner.micro_batch_tokens,
+            padded=is_padded(self.setup.model),
         )
 
     def _cut(self, rollouts: Sequence[ScoredRollout]) -> list[Batch]:
         lengths = [scored.rollout.num_tokens for scored in rollouts]
-        cut = micro_batches(lengths, max_tokens=self.setup.learner.micro_batch_tokens)
+        cut = micro_batches(
+            lengths, max_tokens=self.setup.learner.micro_batch_tokens, padded=is_padded(self.setup.model)
+        )
         return [collate([rollouts[i] for i in part]).to(self.device) for part in cut]
 
     @torch.no_grad()

@@ -109,16 +109,16 @@ def test_a_batch_that_divides_is_cut_into_slices_of_the_shuffled_order() -> None
 
 
 def test_micro_batches_by_hand() -> None:
-    assert micro_batches([3, 10, 4, 4, 1], max_tokens=12) == [[1], [2, 3, 0], [4]]
-    assert micro_batches([3, 50, 4], max_tokens=12) == [[1], [2, 0]]  # longer than the budget: alone
-    assert micro_batches([50, 50], max_tokens=12) == [[0], [1]]
-    assert micro_batches([], max_tokens=12) == []
+    assert micro_batches([3, 10, 4, 4, 1], max_tokens=12, padded=True) == [[1], [2, 3, 0], [4]]
+    assert micro_batches([3, 50, 4], max_tokens=12, padded=True) == [[1], [2, 0]]  # longer than the budget: alone
+    assert micro_batches([50, 50], max_tokens=12, padded=True) == [[0], [1]]
+    assert micro_batches([], max_tokens=12, padded=True) == []
 
 
 @pytest.mark.parametrize("max_tokens", [90, 128, 500, 10**6])
 def test_micro_batches_keep_the_budget_and_every_rollout(max_tokens: int) -> None:
     lengths = lengths_of(60)
-    cut = micro_batches(lengths, max_tokens=max_tokens)
+    cut = micro_batches(lengths, max_tokens=max_tokens, padded=True)
     assert sorted(i for part in cut for i in part) == list(range(60))
     padded = [len(part) * max(lengths[i] for i in part) for part in cut]
     assert max(padded) <= max_tokens
@@ -271,7 +271,7 @@ def packed_loss(
     batches = []
     for hands in deal(lengths, mini_batch_size=len(rollouts), num_ranks=num_ranks, seed=5):
         mine = [rollouts[i] for i in hands[0]]
-        cut = micro_batches([one.rollout.num_tokens for one in mine], max_tokens=max_tokens)
+        cut = micro_batches([one.rollout.num_tokens for one in mine], max_tokens=max_tokens, padded=True)
         batches += [collate([mine[i] for i in part]) for part in cut]
     advantages = []
     for batch in batches:

@@ -32,16 +32,18 @@ def places(batch: Batch) -> list[tuple[int, int]]:
     return [(row, t) for row, t in batch.mask.nonzero().tolist()]
 
 
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probabilities_and_entropy_of_every_token_that_the_policy_wrote(
-    folders: dict[str, str], family: str
+    folders: dict[str, str], family: str, attention: str
 ) -> None:
     """Of softmax(logits / temperature), row by row without padding. (PPO details 5)"""
+    wrapped = models.load_causal_lm(folders[family], attn_implementation=attention)
     model = models.load_causal_lm(folders[family], attn_implementation="sdpa")
     rollouts = random_rollouts(5, seed=0)
     batch = collate(rollouts)
     with torch.no_grad():
-        packed = PolicyModel(model)(batch, sampled_from=SampledFrom(0.7), with_entropy=True)
+        packed = PolicyModel(wrapped)(batch, sampled_from=SampledFrom(0.7), with_entropy=True)
         output = PolicyOutput.of(packed)
         assert packed.dtype == torch.float32
         for row, one in enumerate(rollouts):
@@ -87,7 +89,7 @@ def test_values_stand_where_their_states_do() -> None:
 
     batch = collate([scored([5, 6, 7], [8, 9]), scored([1], [2, 3, 4], mask=[True, False, True])])
     hidden = torch.arange(10.0).view(2, 5, 1).repeat(1, 1, 3)  # a state's value is where it stands, plus 5 a row
-    values = models.head_values(First(), hidden, batch)
+    values = models.head_values(First(), hidden.flatten(0, 1), torch.tensor([0, 5]), batch)
     assert values.tolist() == [[2, 3, 0, 4], [5, 0, 7, 8]]
 
 

@@ -21,7 +21,9 @@ def rows(count: int) -> list[IntArray]:
 
 
 def text_loss(count: int, batch_size: int) -> TextLoss:
-    return TextLoss(rows(count), PTXConfig(coef=2.0, path="text.jsonl", batch_size=batch_size), max_tokens=24)
+    return TextLoss(
+        rows(count), PTXConfig(coef=2.0, path="text.jsonl", batch_size=batch_size), max_tokens=24, padded=True
+    )
 
 
 def test_the_rows_follow_from_the_seed_and_none_comes_twice() -> None:
@@ -39,7 +41,7 @@ def test_fewer_rows_than_a_mini_batch_are_all_taken() -> None:
 
 
 def test_every_token_but_the_first_is_predicted() -> None:
-    batches = text_batches(rows(9), max_tokens=24)
+    batches = text_batches(rows(9), max_tokens=24, padded=True)
     assert len(batches) > 1
     assert sum(batch.num_response_tokens for batch in batches) == sum(len(row) - 1 for row in rows(9))
     for batch in batches:
@@ -53,7 +55,7 @@ def test_the_loss_is_that_of_a_language_model(tmp_path: Path) -> None:
     with torch.no_grad():
         ours = sum(
             float(-PolicyOutput.of(policy(batch, sampled_from=WHOLE)).logprobs.sum())
-            for batch in text_batches(rows(9), max_tokens=24)
+            for batch in text_batches(rows(9), max_tokens=24, padded=True)
         )
         theirs = 0.0
         for row in rows(9):

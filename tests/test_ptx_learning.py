@@ -26,7 +26,7 @@ def text_loss(count: int, *, max_tokens: int = MAX_TOKENS) -> TextLoss:
     """Of mini-batches of at most 6 rows, of 2 to 11 tokens each."""
     rng = np.random.default_rng(0)
     rows = [rng.integers(4, 64, int(rng.integers(2, 12))).astype(np.int32) for _ in range(count)]
-    return TextLoss(rows, PTXConfig(coef=COEF, path="text.jsonl", batch_size=6), max_tokens=max_tokens)
+    return TextLoss(rows, PTXConfig(coef=COEF, path="text.jsonl", batch_size=6), max_tokens=max_tokens, padded=True)
 
 
 class PlainEngine(nn.Module):

@@ -55,7 +55,7 @@ class ModelConfig:
     tokenizer: str | None = None  # None: the one at `path`
     reference: str | None = None  # None: a frozen copy of the policy as the ppo stage starts
     lora: LoraConfig = field(default_factory=LoraConfig)  # of the policy in the ppo stage
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "packed"  # no padding; or a name that transformers knows, such as sdpa: padded batches
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
