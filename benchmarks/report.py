@@ -121,18 +121,15 @@ def _commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
-def matrix_rate(*, threads: int, size: int = 1024, repeats: int = 8) -> float:
-    """Return the floating-point operations per second of a float32 matrix product in this process: the best of a few.
-
-    A product of [size, size] matrices takes 2 size^3 operations.
-    """
+def matrix_rate(*, threads: int) -> float:
+    """Return the floating-point operations per second of float32 matrix products here, with so many threads."""
     import torch
+
+    from learner import flops
 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        left, right = torch.randn(size, size), torch.randn(size, size)
-        best = min(seconds(lambda: left @ right) for _ in range(repeats))
+        return flops.matrix_rate(torch.device("cpu"), torch.float32, repeats=8)
     finally:
         torch.set_num_threads(before)
-    return 2 * size**3 / best

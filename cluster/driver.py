@@ -334,6 +334,7 @@ class PPODriver:
             self.kl = self.kl.updated(learned["objective/kl"], num_rollouts=len(shaped))
         self.step += 1
         metrics = describe(batch.handles, prefix="rollout") | stale | batch.metrics | shaping | learned | synced
+        metrics |= utilisation(learned, watch.seconds["learn_s"])
         return Iteration(self.step, metrics | timings(watch, batch.handles), batch.handles, tuple(watch.spans))
 
 
@@ -385,6 +386,12 @@ def describe(handles: Sequence[ScoredHandle], *, prefix: str) -> Metrics:
         metrics[f"{of_scores}/{source}_mean"] = float(of_source.mean())
         metrics[f"{of_scores}/{source}_std"] = float(of_source.std())
     return metrics
+
+
+def utilisation(learned: Metrics, seconds: float) -> Metrics:
+    """Return the share of what the ranks' devices could compute in the time of an update that the update needs."""
+    needed, limit = learned["throughput/learner_flops"], learned["throughput/learner_flops_limit"]
+    return {"throughput/learner_mfu": needed / (seconds * limit)}
 
 
 def timings(watch: Stopwatch, handles: Sequence[ScoredHandle]) -> Metrics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from learner.critics import Critic, SeparateCritic, SharedCritic
 from learner.distribution import SampledFrom
 from learner.ema import PolicyEMA
 from learner.experience import Batch
+from learner.flops import PassCost
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,27 @@ class PolicyWithoutAdapters:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """What a pass of each network costs; the reference's is the policy's."""
+
+    policy: PassCost
+    critic: PassCost | None  # None: there is none, or it is a head on the policy
+
+
+def passes_flops(costs: Costs, lengths: Sequence[int], num_states: int, *, epochs: int, train_policy: bool) -> float:
+    """Return the floating-point operations of an update on sequences of these lengths.
+
+    Policy, reference and critic are run once without gradient, then policy and critic are trained `epochs` times.
+    """
+    total = 2 * costs.policy.forward(lengths, num_states)
+    if train_policy:
+        total += epochs * costs.policy.training(lengths, num_states)
+    if costs.critic is not None:
+        total += costs.critic.forward(lengths, num_states) + epochs * costs.critic.training(lengths, num_states)
+    return total
+
+
+@dataclass(frozen=True)
 class Networks:
     """What a rank evaluates and trains. `policy` is the DeepSpeed engine of a models.PolicyModel."""
 
@@ -74,6 +97,7 @@ class Networks:
     reference: Reference
     critic: Critic
     average: PolicyEMA | None  # of the policy's weights
+    costs: Costs
 
 
 def make_networks(setup: LearnerSetup) -> Networks:
@@ -100,7 +124,10 @@ def make_networks(setup: LearnerSetup) -> Networks:
         critic = SharedCritic(policy, value_clip_eps=algorithm.value_clip_eps, value_coef=algorithm.value_coef)
     elif algorithm.has_critic:
         critic = SeparateCritic(critic_engine(setup), value_clip_eps=algorithm.value_clip_eps)
-    return Networks(policy, reference, critic, average)
+    body = policy.module.model
+    own = None if critic.engine is None else critic.engine.module.model
+    costs = Costs(PassCost.of(body, body.get_output_embeddings()), None if own is None else PassCost.of(own, own.score))
+    return Networks(policy, reference, critic, average, costs)
 
 
 def load_policy(setup: LearnerSetup, path: str) -> Any:

@@ -17,11 +17,12 @@ from actors.rollout import ScoredRollout
 from actors.weights import Manifest
 from learner import checkpoint, lora, models, zero
 from learner.batching import micro_batches
-from learner.collective import evened
+from learner.collective import evened, summed_stats
 from learner.describe import describe
 from learner.divergence import mean_kl
 from learner.experience import Batch, Evaluation, blank_batch, collate
-from learner.networks import LearnerSetup, make_networks
+from learner.flops import matrix_rate
+from learner.networks import LearnerSetup, make_networks, passes_flops
 from learner.packing import is_padded
 from learner.preparation import Preparation, whitened
 from learner.ranks import Ranks
@@ -39,6 +40,7 @@ class LearnerWorker:
         self.device = torch.device(setup.device)
         self.manifest: Manifest | None = None
         self.sender: WeightSender | None = None
+        self.rate: float | None = None  # operations per second of this device, measured at the first update
         self.networks = make_networks(setup)
         self.policy = self.networks.policy
         self.prepare = Preparation(setup.algorithm, whiten_rewards=setup.shaping.whiten_rewards)
@@ -65,6 +67,7 @@ class LearnerWorker:
         batches = [batch for of_mini_batch in cut for batch in of_mini_batch]
         experience = self.prepare(batches, self._evaluate(batches), kl_coef=kl_coef)
         metrics = describe(experience, kl_coef=kl_coef, cap=algorithm.correction_cap)
+        metrics |= self._work(batches, train_policy=step >= algorithm.critic_warmup_steps)
         if algorithm.whitens:
             experience = whitened(experience)
         items = iter(experience)
@@ -94,6 +97,28 @@ class LearnerWorker:
             lengths, max_tokens=self.setup.learner.micro_batch_tokens, padded=is_padded(self.setup.model)
         )
         return [collate([rollouts[i] for i in part]).to(self.device) for part in cut]
+
+    def _work(self, batches: Sequence[Batch], *, train_policy: bool) -> dict[str, float]:
+        """Return the share of computed positions that are padding, and what this update costs. A collective."""
+        lengths = [batch.lengths.tolist() for batch in batches]
+        states = [batch.num_response_tokens for batch in batches]
+        tokens, positions = 0.0, 0.0
+        for batch, of_batch in zip(batches, lengths, strict=True):
+            tokens += sum(of_batch)
+            positions += batch.token_ids.numel() if is_padded(self.setup.model) else sum(of_batch)
+        epochs = self.setup.algorithm.ppo_epochs
+        flops = sum(
+            passes_flops(self.networks.costs, of_batch, asked, epochs=epochs, train_policy=train_policy)
+            for of_batch, asked in zip(lengths, states, strict=True)
+        )
+        if self.rate is None:
+            self.rate = matrix_rate(self.device, getattr(torch, self.setup.learner.dtype))
+        total = summed_stats({"tokens": tokens, "positions": positions, "flops": flops, "rate": self.rate})
+        return {
+            "throughput/padding_share": 1 - total["tokens"] / total["positions"],
+            "throughput/learner_flops": total["flops"],
+            "throughput/learner_flops_limit": total["rate"],
+        }
 
     @torch.no_grad()
     def _evaluate(self, batches: Sequence[Batch]) -> list[Evaluation]:

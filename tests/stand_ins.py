@@ -192,7 +192,7 @@ class StandIns:
         self.kl_coefs.append(kl_coef)
         self.seeds.append(seed)
         self.steps.append(step)
-        return {"objective/kl": self.kl}
+        return {"objective/kl": self.kl, "throughput/learner_flops": 6.0, "throughput/learner_flops_limit": 3.0}
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
         self.asked.append(f"kl at {temperature}")

@@ -35,7 +35,7 @@ from tests.tiny_models import tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
 
-NUM_UPDATES, KL_COEF, MICRO_BATCH_TOKENS = 3, 0.1, 40
+NUM_UPDATES, KL_COEF, MICRO_BATCH_TOKENS = 3, 0.1, 24
 Checkpoints = dict[str, str]
 
 

@@ -24,6 +24,7 @@ from conf.schema import (
     ShapingConfig,
 )
 from learner.networks import LearnerSetup
+from learner.packing import flat_states
 from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_config
@@ -95,7 +96,9 @@ def score_of(prompt: int, response: list[int]) -> float:
 
 @torch.no_grad()
 def logits_after(model: Any, prompts: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=prompts, use_cache=False).logits[:, -1]
+    rows, width = prompts.shape
+    states, starts = flat_states(model, prompts, torch.full((rows,), width))
+    logits: torch.Tensor = model.get_output_embeddings()(states[starts + width - 1])
     return logits
 
 
