@@ -113,7 +113,6 @@ class PlainLoop:
         losses = {"policy/loss": 0.0, "critic/loss": 0.0}
         for parts in seen:
             tokens = sum(int(one["mask"].sum()) for one in parts)
-            value_loss = 0.0
             for one in parts:
                 mask = one["mask"]
                 logprobs, _ = self._logprobs(self.policy, one)
@@ -128,8 +127,7 @@ class PlainLoop:
                 squares = torch.maximum((values - one["returns"]) ** 2, (near - one["returns"]) ** 2) / 2
                 loss = (squares * mask).sum() / tokens
                 loss.backward()
-                value_loss += float(loss.detach())
-            losses["critic/loss"] += value_loss / len(seen)
+                losses["critic/loss"] += float(loss.detach()) * tokens / len(flat)  # a mean over all tokens
             for model, optimizer in zip((self.policy, self.critic), self.optimizers, strict=True):
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
