@@ -137,7 +137,7 @@ class LearnerConfig:
     ema_decay: float | None = None  # set: an average of the policy's weights is kept and exported too
     dtype: str = "bfloat16"  # of the forward and backward pass; optimizer states are float32
     zero_stage: int = 3
-    micro_batch_tokens: int = 16_384  # padded tokens in one forward and backward pass
+    micro_batch_tokens: int = 16_384  # tokens in one forward and backward pass
     gradient_checkpointing: bool = False
     offload_optimizer: str = "none"  # none | cpu | nvme
     offload_parameters: str = "none"
