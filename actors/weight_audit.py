@@ -33,7 +33,7 @@ NUM_PROBED_COLUMNS = 4
 SUM_TOLERANCE = 2.0**-22
 # In addition, of the larger of the product and |w|_2: the rounding of the 16-bit types.
 ROUNDING_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-PRODUCT_BYTES = 1 << 20  # of rows in work at once for a product, so that they stay in the processor's cache
+FLOAT_BYTES = 1 << 24  # of rows that are float32 at once for their product, so that there is no second copy of a weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,9 +156,9 @@ def _evidence(holder: Holder, piece: Piece, block: Tensor) -> Evidence:
     if holder.probed and piece.parameter == "weight":
         assert holder.columns is not None
         assert holder.signs is not None
-        evidence.columns = block[:, holder.columns]
+        evidence.columns = block.index_select(1, holder.columns)
         evidence.product, evidence.norm = torch.empty(2, len(block))
-        rows = max(1, PRODUCT_BYTES // (block.shape[1] * block.element_size()))
+        rows = max(1, FLOAT_BYTES // (4 * block.shape[1]))
         for start in range(0, len(block), rows):
             part, at = block[start : start + rows].float(), slice(start, start + rows)
             torch.mv(part, holder.signs, out=evidence.product[at])

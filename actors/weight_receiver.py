@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ from actors.generator import WEIGHT_TRANSFER_BACKEND
 from actors.weight_audit import WeightAudit
 from actors.weight_transport import Transport, join, open_store
 from actors.weights import Bucket, Manifest, WeightMismatchError, buckets_of, bytes_of, checksum
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass
@@ -68,7 +71,6 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
         self._audit: WeightAudit | None = None
         self._received: list[str] = []
         self._cut: dict[str, Tensor] = {}  # what has come of tensors that are larger than a bucket
-        self._embeddings: list[tuple[VocabParallelEmbedding, Any]] = []
         self._failed = False
 
     def init_transfer_engine(self, init_info: ReceiverInitInfo) -> None:
@@ -87,23 +89,25 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
             timeout=init_info.timeout,
             bucket_bytes=init_info.bucket_bytes,
         )
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         self._manifest, self._audit = manifest, audit
         self._buckets, self._checksum = buckets_of(manifest, init_info.bucket_bytes), init_info.checksum
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         with self._failing_for_good():
             self._received.clear()
             self._cut.clear()
+            # Embeddings are loaded into the memory that they have, and heads packed once, by `_refresh_heads`.
+            apart = [get_layerwise_info(module) for module in self._embeddings()]
+            for info in apart:
+                info.load_numel_total = 0  # taken for one that has been initialised
             initialize_layerwise_reload(self.model)
-            self._embeddings = [
-                (module, module.quant_method)
-                for module in self.model.modules()
-                if isinstance(module, VocabParallelEmbedding)
-            ]
-            for module, _ in self._embeddings:
-                module.quant_method = None  # which the reload would pack with; `_refresh_heads` packs once, at the end
+            for info in apart:
+                info.reset()
 
     def receive_weights(self, update_info: ReceiverUpdateInfo) -> None:
         """Receive one whole update: every bucket, then the checksums and the version.
@@ -182,8 +186,6 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
             if missing is not None:
                 raise WeightMismatchError(missing, "wire", "it has not been received in this update")
             finalize_layerwise_reload(self.model, self.model_config)
-            for module, method in self._embeddings:
-                module.quant_method = method
             self._refresh_heads()
             audit.verify()
 
@@ -193,11 +195,14 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
         On CPU an embedding that only looks rows up goes without: it would double its memory for nothing.
         """
         head = getattr(self.model, "lm_head", None)
-        for module, method in self._embeddings:
+        for module in self._embeddings():
             if type(module) is VocabParallelEmbedding and module is not head and hasattr(module, "cpu_linear"):
                 module.cpu_linear = nn.functional.linear
             else:
-                method.process_weights_after_loading(module)
+                module.quant_method.process_weights_after_loading(module)
+
+    def _embeddings(self) -> list[VocabParallelEmbedding]:
+        return [module for module in self.model.modules() if isinstance(module, VocabParallelEmbedding)]
 
     def _connected(self) -> tuple[Transport, Manifest, WeightAudit]:
         if self._transport is None or self._manifest is None or self._audit is None:
@@ -219,6 +224,17 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc, if it is that, give freed memory out again and not back to the system.
+
+    An update frees and allocates blocks of the same sizes over and over. Fresh pages cost more than all else in it.
+    """
+    with suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager

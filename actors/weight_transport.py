@@ -103,7 +103,7 @@ class GlooGroup:
     def agreed(self, yes: bool) -> bool:
         """Whether all ranks say yes; returns when all have come here."""
         said, options = torch.tensor([int(yes)]), AllreduceOptions()
-        options.reduceOp = ReduceOp.MIN
+        options.reduceOp = ReduceOp(ReduceOp.MIN)
         options.timeout = self._timeout
         self._joined().allreduce([said], options).wait()
         return bool(said)

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -115,8 +116,15 @@ def profiled() -> Clock:
     return clock
 
 
-def generate(folder: str, shared: str, connection: Any) -> None:
-    """A generator's process: answers what it is told to do with the seconds that it took, or with its profile."""
+def generate(*args: Any) -> None:
+    """A generator's process. As under Ray, calls run beside the main thread: malloc may work otherwise there."""
+    thread = threading.Thread(target=serve, args=args)
+    thread.start()
+    thread.join()
+
+
+def serve(folder: str, shared: str, connection: Any) -> None:
+    """Do what is told, and answer with the seconds that each part of it took so far."""
     import torch
 
     from actors.generator import VLLMGenerator, configure_environment
@@ -257,6 +265,7 @@ def main() -> None:
     parser.add_argument("--bucket-mib", type=int, default=32)
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
+    os.environ["MALLOC_ARENA_MAX"] = "1"  # as in every CPU process of a run: cluster/session.py
     rows = [
         measure(millions, count, rounds=options.rounds, bucket_mib=options.bucket_mib)
         for millions in options.millions

@@ -107,7 +107,7 @@ class Pair:
 class alongside:  # noqa: N801
     """Run `call` in a thread during the block; an error of the block goes before one of the thread."""
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(self, call: Callable[[], object]) -> None:
         self.error: Exception | None = None
         self.call = call
         self.thread = threading.Thread(target=self._run, daemon=True)

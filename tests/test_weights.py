@@ -325,7 +325,11 @@ def test_a_receiver_that_is_killed_is_an_error_at_once_and_leaves_nothing_behind
     process.start()
     sender.connect()
 
-    threading.Thread(target=lambda: (ours.recv(), os.kill(process.pid or 0, signal.SIGKILL)), daemon=True).start()
+    def kill() -> None:
+        ours.recv()
+        process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match=r"weight update 3 failed at group 0 .embed to embed.: "):
         sender.send([[("embed", torch.zeros(meta.shape))]], version=3)
