@@ -237,17 +237,23 @@ def measure(millions: int, num_generators: int, *, rounds: int, bucket_mib: int)
         profile = answers()[0]
         tell_end(pipes, processes)
         sender.close()
-    middle = statistics.median(taken["update"])
+    parts = {name[:-2]: statistics.mean(getattr(times, name) for times in sent) for name in vars(sent[0])}
     return {
         "millions": round(num_bytes / 4e6, 1),
         "generators": num_generators,
-        "update_s": middle,
-        "gb_per_s": num_bytes / middle / 1e9,
         "copy_s": statistics.median(taken["copy"]),
+        "update_s": statistics.median(taken["update"]),
+        "bytes_per_s": num_bytes / statistics.median(taken["update"]),
         "of_copy": median_ratio(taken["copy"], taken["update"]),
-        **{f"sender {name[:-2]}": statistics.mean(getattr(times, name) for times in sent) for name in vars(sent[0])},
-        **{name: spent / rounds for name, spent in sorted(profile.items(), key=lambda item: -item[1])},
+        "sender_ms": milliseconds(parts),
+        "generator_ms": milliseconds({name: spent / rounds for name, spent in profile.items()}),
     }
+
+
+def milliseconds(parts: dict[str, float]) -> str:
+    """Return the parts of a time, given in seconds, largest first."""
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{name} {1e3 * spent:.0f}" for name, spent in ordered if spent >= 5e-4)
 
 
 def tell_end(pipes: list[Any], processes: list[Any]) -> None:
@@ -262,7 +268,7 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 10, 100], choices=SHAPES, help="parameters")
     parser.add_argument("--generators", type=int, nargs="+", default=[1], help="how many at once")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--bucket-mib", type=int, default=32)
+    parser.add_argument("--bucket-mib", type=int, default=64)
     parser.add_argument("--json", type=Path, help="where to write the result")
     options = parser.parse_args()
     os.environ["MALLOC_ARENA_MAX"] = "1"  # as in every CPU process of a run: cluster/session.py
@@ -273,7 +279,7 @@ def main() -> None:
     ]
     notes = [
         "of_copy: the time of the copy divided by that of the update, median over rounds.",
-        "From `sender` on: seconds of one update, of the sender and of the first generator.",
+        "sender_ms, generator_ms: where the time of one update went, in the sender and in the first generator.",
         "Nothing has to be gathered here: the sender's parameters are whole.",
     ]
     configuration = {"rounds": options.rounds, "warm_up": WARM_UP, "bucket_mib": options.bucket_mib, "dtype": "float32"}

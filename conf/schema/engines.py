@@ -174,7 +174,7 @@ class ClusterConfig:
     start_timeout_s: float = 600.0  # until every actor has to be up
     call_timeout_s: float = 1800.0  # longest that one remote call may take
     sync_timeout_s: float = 300.0
-    sync_bucket_mib: int = 32  # the most that one message of the weight sync carries; each side holds two
+    sync_bucket_mib: int = 64  # the most that one message of the weight sync carries; each side holds two
     heartbeat_s: float = 60.0  # a process that has not answered for so long is lost
     replace_timeout_s: float = 600.0  # how long a process that is lost may wait for a place, if its node is gone
     max_recoveries: int = 3  # of one kind without the run getting any further; one more ends it
