@@ -219,7 +219,7 @@ def checksum(tensor: Tensor, kind: str) -> int:
     """
     data = bytes_of(tensor)
     if kind == "xxh3":
-        return _signed(xxhash.xxh3_64_intdigest(memoryview(data.cpu().numpy())))
+        return _signed(xxhash.xxh3_64_intdigest(data.cpu().numpy().data))
     assert kind == "splitmix64", kind
     return _splitmix64(data)
 
