@@ -280,17 +280,25 @@ def test_an_embedding_altered_in_one_bit_is_refused(pair: Pair, monkeypatch: pyt
     assert_refused(pair, "model.embed_tokens.weight", "held")
 
 
-@pytest.mark.parametrize("scale", [1.0 + 1e-4, -1.0])
+def last_two_swapped(outputs: Tensor) -> Tensor:
+    return torch.cat([outputs[:, :-2], outputs[:, -2:].flip(1)], dim=1)
+
+
+@pytest.mark.parametrize("alter", [lambda outputs: outputs * (1.0 + 1e-4), last_two_swapped])
 def test_a_packed_weight_altered_in_some_rows_is_refused(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, scale: float
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, alter: Callable[[Tensor], Tensor]
 ) -> None:
     """The engine's copy of gate_up_proj cannot be read; the second half of its rows is up_proj."""
 
     def spoil(model: Any) -> None:
         layer = model.model.layers[0].mlp.gate_up_proj
         multiply, half = layer.cpu_linear, layer.output_size_per_partition // 2
-        scales = torch.cat([torch.ones(half), torch.full((half,), scale)])
-        layer.cpu_linear = lambda x, weight, bias: multiply(x, weight, bias) * scales
+
+        def altered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            outputs = multiply(x, weight, bias)
+            return torch.cat([outputs[:, :half], alter(outputs[:, half:])], dim=1)
+
+        layer.cpu_linear = altered
 
     spoil_after_loading(monkeypatch, spoil)
     assert_refused(pair, "model.layers.0.mlp.up_proj.weight", "held")
