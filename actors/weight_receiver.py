@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -23,17 +25,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from actors.generator import WEIGHT_TRANSFER_BACKEND
 from actors.weight_audit import WeightAudit
-from actors.weights import (
-    GlooTransport,
-    Manifest,
-    Transport,
-    WeightMeta,
-    WeightMismatchError,
-    checksum,
-    message_layout,
-    open_store,
-    unpack,
-)
+from actors.weight_transport import Transport, join, open_store
+from actors.weights import Bucket, Manifest, WeightMismatchError, buckets_of, bytes_of, checksum
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass
@@ -45,6 +40,8 @@ class ReceiverInitInfo(WeightTransferInitInfo):
     rank: int
     world_size: int
     timeout: float
+    bucket_bytes: int
+    checksum: str
     manifest: Sequence[Sequence[Sequence[Any]]]
 
 
@@ -69,8 +66,11 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
         super().__init__(*args, **kwargs)
         self._transport: Transport | None = None
         self._manifest: Manifest | None = None
+        self._buckets: list[Bucket] = []
+        self._checksum = ""
         self._audit: WeightAudit | None = None
         self._received: list[str] = []
+        self._cut: dict[str, Tensor] = {}  # what has come of tensors that are larger than a bucket
         self._failed = False
 
     def init_transfer_engine(self, init_info: ReceiverInitInfo) -> None:
@@ -82,18 +82,35 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
         parallel = self.parallel_config
         rank = init_info.rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
         store = open_store(init_info.host, init_info.port, timeout=init_info.timeout)
-        self._transport = GlooTransport(store, rank=rank, world_size=init_info.world_size, timeout=init_info.timeout)
+        self._transport = join(
+            store,
+            rank=rank,
+            world_size=init_info.world_size,
+            timeout=init_info.timeout,
+            bucket_bytes=init_info.bucket_bytes,
+        )
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         self._manifest, self._audit = manifest, audit
+        self._buckets, self._checksum = buckets_of(manifest, init_info.bucket_bytes), init_info.checksum
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         with self._failing_for_good():
             self._received.clear()
+            self._cut.clear()
+            # Embeddings are loaded into the memory that they have, and heads packed once, by `_refresh_heads`.
+            apart = [get_layerwise_info(module) for module in self._embeddings()]
+            for info in apart:
+                info.load_numel_total = 0  # taken for one that has been initialised
             initialize_layerwise_reload(self.model)
+            for info in apart:
+                info.reset()
 
     def receive_weights(self, update_info: ReceiverUpdateInfo) -> None:
-        """Receive one whole update: a message for each group, then the checksums and the version.
+        """Receive one whole update: every bucket, then the checksums and the version.
 
         Raises WeightMismatchError for the first tensor that did not arrive as it was sent, and RuntimeError that names
         the group when the sender is lost, or has sent nothing for as long as the transport's timeout.
@@ -102,14 +119,15 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
             transport, manifest, audit = self._connected()
             audit.begin(seed=update_info.version)
             received: list[int] = []
-            for index, group in enumerate(manifest.groups):
-                # vLLM keeps views of what it is given until a layer is whole: a message is never written into again.
-                message = torch.empty(message_layout(group)[1], dtype=torch.uint8, device=transport.device)
-                stage = f"group {index} ({group[0].name} to {group[-1].name})"
-                self._await(transport, message, version=update_info.version, stage=stage)
-                received += self._take_in(audit, group, message)
+            for bucket in self._buckets:
+                group = manifest.groups[bucket.group]
+                stage = f"group {bucket.group} ({group[0].name} to {group[-1].name})"
+                with _naming(update_info.version, stage):
+                    message = transport.receive(bucket.num_bytes)
+                received += self._take_in(audit, bucket, message)
             trailer = torch.zeros(len(manifest) + 1, dtype=torch.int64, device=transport.device)
-            self._await(transport, trailer, version=update_info.version, stage="the checksums")
+            with _naming(update_info.version, "the checksums"):
+                transport.broadcast(trailer)
             *sent, version = trailer.tolist()
             if version != update_info.version:
                 raise RuntimeError(f"the sender sent version {version}, this update is version {update_info.version}")
@@ -117,25 +135,45 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
                 if ours != theirs:
                     raise WeightMismatchError(meta.name, "wire", f"checksum {ours} arrived, {theirs} was sent")
 
-    @staticmethod
-    def _await(transport: Transport, message: Tensor, *, version: int, stage: str) -> None:
-        try:
-            transport.broadcast(message)
-        except RuntimeError as error:
-            raise RuntimeError(f"weight update {version} failed at {stage}: {error}") from error
-
-    def _take_in(self, audit: WeightAudit, group: Sequence[WeightMeta], message: Tensor) -> list[int]:
-        """The checksums of the tensors of `group` as they arrived; loads them into the model."""
-        tensors = unpack(group, message.to(self.device))
-        checksums = [checksum(tensor) for tensor in tensors]
-        for meta, tensor in zip(group, tensors, strict=True):
+    def _take_in(self, audit: WeightAudit, bucket: Bucket, message: Tensor) -> list[int]:
+        """Load the tensors that are whole with this bucket; their checksums, as they arrived."""
+        weights, checksums = [], []
+        for part in bucket.parts:
+            meta, content = part.meta, part.within(message)
+            if part.whole:
+                tensor = content.to(self.device).view(meta.torch_dtype).view(meta.shape)
+            else:
+                if part.start == 0:
+                    self._cut[meta.name] = torch.empty(meta.shape, dtype=meta.torch_dtype, device=self.device)
+                bytes_of(self._cut[meta.name])[part.start : part.stop].copy_(content)
+                if not part.last:
+                    continue
+                tensor = self._cut.pop(meta.name)
+            checksums.append(checksum(tensor, self._checksum))
             audit.note(meta.name, meta.as_linear(tensor))
-        self._load([(meta.name, tensor) for meta, tensor in zip(group, tensors, strict=True)])
+            weights.append((meta.name, tensor))
+        self._load(weights)
+        self._keep(audit, message)
         return checksums
 
     def _load(self, weights: list[tuple[str, Tensor]]) -> None:
         self.model.load_weights(weights)
         self._received += [name for name, _ in weights]
+
+    @staticmethod
+    def _keep(audit: WeightAudit, message: Tensor) -> None:
+        """Give vLLM copies of the tensors that it still waits to load: the next bucket is written over this one."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        slot = message.untyped_storage().data_ptr()
+
+        def kept(value: Any) -> Any:
+            within = isinstance(value, Tensor) and not value.is_meta and value.untyped_storage().data_ptr() == slot
+            return value.clone() if within else value
+
+        for module in audit.modules:
+            for _, call in get_layerwise_info(module).loaded_weights:
+                call.arguments.update({name: tree_map(kept, value) for name, value in call.arguments.items()})
 
     def finish_weight_update(self) -> None:
         """Process the last layers and verify the model. Raises WeightMismatchError naming what it holds wrongly."""
@@ -152,10 +190,19 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
             audit.verify()
 
     def _refresh_heads(self) -> None:
-        """Repack embeddings and output heads: vLLM repacks a tied weight for one of its two holders only."""
-        for module in self.model.modules():
-            if isinstance(module, VocabParallelEmbedding):
+        """Pack the matrices of output heads, once each; vLLM would pack a tied one for one of its two holders only.
+
+        On CPU an embedding that only looks rows up goes without: it would double its memory for nothing.
+        """
+        head = getattr(self.model, "lm_head", None)
+        for module in self._embeddings():
+            if type(module) is VocabParallelEmbedding and module is not head and hasattr(module, "cpu_linear"):
+                module.cpu_linear = nn.functional.linear
+            else:
                 module.quant_method.process_weights_after_loading(module)
+
+    def _embeddings(self) -> list[VocabParallelEmbedding]:
+        return [module for module in self.model.modules() if isinstance(module, VocabParallelEmbedding)]
 
     def _connected(self) -> tuple[Transport, Manifest, WeightAudit]:
         if self._transport is None or self._manifest is None or self._audit is None:
@@ -177,6 +224,25 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc, if it is that, give freed memory out again and not back to the system.
+
+    An update frees and allocates blocks of the same sizes over and over. Fresh pages cost more than all else in it.
+    """
+    with suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def _naming(version: int, stage: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"weight update {version} failed at {stage}: {error}") from error
 
 
 def register_receiver() -> None:

@@ -1,8 +1,8 @@
-"""How model weights travel from the learner to a generator: the messages, their checksums and the wire.
+"""What both ends of a weight update share: the manifest, the buckets that it is cut into, and checksums.
 
-Both sides share this module, so that neither knows the other. It imports torch alone: not vLLM, not DeepSpeed, not Ray.
-One update is, for every group of the manifest in turn, one packed message, and at the end one int64 message with the
-checksum of every tensor, taken by the sender before packing, and the version.
+Neither end knows the other. Nothing here imports vLLM, DeepSpeed or Ray. One update is the buckets of the manifest, in
+order, and at the end one int64 message with the checksum of every tensor, taken by the sender before packing, and the
+version. `actors/weight_transport.py` is the wire.
 """
 
 from __future__ import annotations
@@ -10,16 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import groupby
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
-from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, Store, TCPStore  # type: ignore[attr-defined]
 
-ALIGNMENT = 16  # bytes; a view of any dtype may start at each tensor of a message
+ALIGNMENT = 64  # bytes; a view of any dtype may start at each tensor of a bucket, and rows start at cache lines
 CHECKSUM_CHUNK = {"cpu": 1 << 14, "cuda": 1 << 22}  # 64-bit words in work at once: a processor's cache; few kernels
 
 
@@ -73,7 +72,7 @@ class WeightMeta:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that one update sends, in order; each group is one message."""
+    """Everything that one update sends, in order, by layer; a bucket never holds parts of two groups."""
 
     groups: tuple[tuple[WeightMeta, ...], ...]
 
@@ -127,36 +126,69 @@ def _layer_of(name: str) -> str:
     return "" if index is None else ".".join(parts[: index + 1])
 
 
-def message_layout(group: Sequence[WeightMeta]) -> tuple[list[int], int]:
-    """The byte at which each tensor of `group` starts in its message, and the length of the message."""
-    offsets, end = [], 0
-    for meta in group:
-        offsets.append(end)
-        end += -(-meta.num_bytes // ALIGNMENT) * ALIGNMENT
-    return offsets, end
+@dataclass(frozen=True)
+class Part:
+    """The bytes `start` to `stop` of parameter `meta`, at byte `at` of their bucket."""
+
+    meta: WeightMeta
+    start: int
+    stop: int
+    at: int
+
+    @property
+    def whole(self) -> bool:
+        return self.stop - self.start == self.meta.num_bytes
+
+    @property
+    def last(self) -> bool:
+        return self.stop == self.meta.num_bytes
+
+    def within(self, bucket: Tensor) -> Tensor:
+        """The bytes of this part as a view of `bucket`, uint8."""
+        return bucket[self.at : self.at + self.stop - self.start]
 
 
-def pack(group: Sequence[WeightMeta], tensors: Sequence[Tensor]) -> Tensor:
-    """One uint8 message [num_bytes] with `tensors`, on their device. Padding is zero."""
-    offsets, length = message_layout(group)
-    message = torch.zeros(length, dtype=torch.uint8, device=tensors[0].device)
-    for meta, offset, tensor in zip(group, offsets, tensors, strict=True):
-        assert (tensor.dtype, tuple(tensor.shape)) == (meta.torch_dtype, meta.shape), meta.name
-        message[offset : offset + meta.num_bytes].copy_(_bytes(tensor))
-    return message
+@dataclass(frozen=True)
+class Bucket:
+    """What one message carries, of the group with this index."""
+
+    group: int
+    parts: tuple[Part, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        last = self.parts[-1]
+        return last.at + last.stop - last.start
 
 
-def unpack(group: Sequence[WeightMeta], message: Tensor) -> list[Tensor]:
-    """The tensors of `group` as views into `message`: valid for as long as nothing is written into it."""
-    offsets, length = message_layout(group)
-    assert (message.dtype, message.numel()) == (torch.uint8, length)
-    return [
-        message[offset : offset + meta.num_bytes].view(meta.torch_dtype).view(meta.shape)
-        for meta, offset in zip(group, offsets, strict=True)
-    ]
+def buckets_of(manifest: Manifest, bucket_bytes: int) -> list[Bucket]:
+    """`manifest` cut into buckets of at most `bucket_bytes`, a multiple of ALIGNMENT.
+
+    A tensor that fits into a bucket is never cut; a larger one begins with a bucket of its own.
+    """
+    assert bucket_bytes > 0, bucket_bytes
+    assert bucket_bytes % ALIGNMENT == 0, bucket_bytes
+    buckets = []
+    for index, group in enumerate(manifest.groups):
+        parts: list[Part] = []
+        end = 0
+        for meta in group:
+            start = 0
+            while start < meta.num_bytes or start == 0:
+                full = end + meta.num_bytes > bucket_bytes if start == 0 else True
+                if parts and full:
+                    buckets.append(Bucket(index, tuple(parts)))
+                    parts, end = [], 0
+                stop = min(meta.num_bytes, start + bucket_bytes)
+                parts.append(Part(meta, start, stop, end))
+                end += -(-(stop - start) // ALIGNMENT) * ALIGNMENT
+                start = max(stop, 1)
+        buckets.append(Bucket(index, tuple(parts)))
+    return buckets
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of `tensor` in row-major order, uint8; a view where it is contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
@@ -173,14 +205,30 @@ def _shifted(words: Tensor, bits: int) -> Tensor:
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def checksum(tensor: Tensor) -> int:
+def checksum_kind(device: torch.device) -> str:
+    """The checksum that is quick for tensors on `device`, as `checksum` takes it."""
+    return "xxh3" if device.type == "cpu" else "splitmix64"
+
+
+def checksum(tensor: Tensor, kind: str) -> int:
     """A signed 64-bit integer of the bytes of `tensor` in row-major order, equal on every device.
 
-    Each 64-bit word, offset by its position, goes through the bijective finaliser of SplitMix64, and the results are
-    summed modulo 2**64. So any change within one word always changes the checksum; any other change, a swap of two
-    words among them, leaves it with a probability of 2**-64. It guards against mistakes, not against an adversary.
+    Of two different tensors it is the same with a probability of about 2**-64. It guards against mistakes, not against
+    an adversary. "xxh3" is XXH3-64 of the memory, at the speed of reading it; a tensor of another device is copied to
+    the CPU for it. "splitmix64" is made of torch operations, and runs where the tensor is.
     """
-    data = _bytes(tensor)
+    data = bytes_of(tensor)
+    if kind == "xxh3":
+        return _signed(xxhash.xxh3_64_intdigest(data.cpu().numpy().data))
+    assert kind == "splitmix64", kind
+    return _splitmix64(data)
+
+
+def _splitmix64(data: Tensor) -> int:
+    """The sum modulo 2**64 of SplitMix64's bijective finaliser of each 64-bit word, offset by its position.
+
+    So any change within one word always changes it.
+    """
     size = 8 * CHECKSUM_CHUNK[data.device.type]
     total = torch.zeros((), dtype=torch.int64, device=data.device)
     for start in range(0, data.numel(), size):
@@ -193,46 +241,3 @@ def checksum(tensor: Tensor) -> int:
         words = (words ^ _shifted(words, 27)) * _SECOND
         total += (words ^ _shifted(words, 31)).sum()
     return int(total)
-
-
-def open_store(host: str, port: int | None, *, timeout: float) -> TCPStore:
-    """The rendezvous of a transport: served here on a free port where `port` is None, else joined. Seconds."""
-    limit = timedelta(seconds=timeout)
-    return TCPStore(host, port or 0, is_master=port is None, wait_for_workers=False, timeout=limit)
-
-
-class Transport(Protocol):
-    """The wire under an update. Rank 0 is the learner; every other rank is one process of a generator."""
-
-    device: torch.device  # where a tensor must be to be broadcast
-
-    def broadcast(self, tensor: Tensor) -> None:
-        """Give every rank rank 0's `tensor`, in place. Raises RuntimeError when a peer is lost or late."""
-        ...
-
-    def close(self) -> None:
-        """Drop the connections, so that a waiting peer gets an error and not a silence."""
-        ...
-
-
-class GlooTransport:
-    """A gloo process group of its own, independent of torch's default group."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, store: Store, *, rank: int, world_size: int, timeout: float) -> None:
-        """Returns when all `world_size` ranks have joined over `store`; `timeout` in seconds holds for every step."""
-        self._timeout = timedelta(seconds=timeout)
-        store.set_timeout(self._timeout)
-        self._group: Any = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, self._timeout)
-
-    def broadcast(self, tensor: Tensor) -> None:
-        if self._group is None:
-            raise RuntimeError("the weight transport is closed")
-        options = BroadcastOptions()
-        options.rootRank = 0
-        options.timeout = self._timeout
-        self._group.broadcast([tensor], options).wait()
-
-    def close(self) -> None:
-        self._group = None

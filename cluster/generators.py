@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,16 +97,19 @@ class GeneratorProcess(Process):
         self.loop.call(lambda: self.loop.generator.init_weight_transfer(info))
 
     @spanned
-    def receive_weights(self, version: int) -> None:
+    def receive_weights(self, version: int) -> Metrics:
         """Take new weights on between two steps of the engine; what is being sampled goes on with them."""
 
-        def receive() -> None:
-            generator = self.loop.generator
+        def receive() -> Metrics:
+            generator, start = self.loop.generator, time.perf_counter()
             generator.start_weight_update()
             generator.update_weights({"version": version})
+            loaded = time.perf_counter()
             generator.finish_weight_update(version)
+            return {"timing/sync_load_s": loaded - start, "timing/sync_verify_s": time.perf_counter() - loaded}
 
-        self.loop.call(receive)
+        metrics: Metrics = self.loop.call(receive)
+        return metrics
 
 
 @dataclass(eq=False)

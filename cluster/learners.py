@@ -67,9 +67,13 @@ class RankProcess(Process):
         kl: float = self.worker.kl_to_reference(scored_rollouts(places, chunks), temperature=temperature)
         return kl
 
-    def open_sync(self, dtype: str, num_receivers: int, timeout_s: float) -> list[dict[str, Any]]:
+    def open_sync(self, dtype: str, num_receivers: int, bucket_bytes: int, timeout_s: float) -> list[dict[str, Any]]:
         infos: list[dict[str, Any]] = self.worker.open_sync(
-            dtype=dtype, num_receivers=num_receivers, host=ray.util.get_node_ip_address(), timeout_s=timeout_s
+            dtype=dtype,
+            num_receivers=num_receivers,
+            bucket_bytes=bucket_bytes,
+            host=ray.util.get_node_ip_address(),
+            timeout_s=timeout_s,
         )
         return infos
 
@@ -77,8 +81,9 @@ class RankProcess(Process):
         self.worker.connect_sync()
 
     @spanned
-    def send_weights(self, version: int) -> None:
-        self.worker.send_weights(version)
+    def send_weights(self, version: int) -> Metrics:
+        metrics: Metrics = self.worker.send_weights(version)
+        return metrics
 
     @spanned
     def train_step(self, rows: Sequence[Any]) -> Metrics:
@@ -276,10 +281,10 @@ class LearnerGroup(RankGroup):
         kl: float = self._settled(refs, what="learner evaluation")[0]
         return kl
 
-    def open_sync(self, *, dtype: str, num_receivers: int, timeout_s: float) -> list[dict[str, Any]]:
-        infos: list[dict[str, Any]] = self._all("open_sync", dtype, num_receivers, timeout_s, what="opening the sync")[
-            0
-        ]
+    def open_sync(self, *, dtype: str, num_receivers: int, bucket_bytes: int, timeout_s: float) -> list[dict[str, Any]]:
+        infos: list[dict[str, Any]] = self._all(
+            "open_sync", dtype, num_receivers, bucket_bytes, timeout_s, what="opening the sync"
+        )[0]
         return infos
 
     def connect_sync(self) -> list[Any]:

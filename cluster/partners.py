@@ -99,6 +99,7 @@ class Partners:
             self.generators,
             dtype=config.generator.dtype,
             processes_per_generator=config.generator.tensor_parallel_size,
+            bucket_bytes=cluster.sync_bucket_mib << 20,
             timeout_s=cluster.sync_timeout_s,
         )
 

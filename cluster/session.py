@@ -50,6 +50,7 @@ def process_environment(device: str) -> dict[str, str]:
     if device == "cpu":
         # Spinning OpenMP threads make every process on a busy machine many times slower.
         environment |= {"OMP_WAIT_POLICY": "passive", "DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+        environment["MALLOC_ARENA_MAX"] = "1"  # calls run beside the main thread, and it alone can keep freed memory
     return environment
 
 

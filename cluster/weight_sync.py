@@ -54,10 +54,13 @@ class VerifiedWeightSync:
         *,
         dtype: str,
         processes_per_generator: int,
+        bucket_bytes: int,
         timeout_s: float,
     ) -> None:
         self.learners, self.generators = learners, generators
         self.dtype, self.processes_per_generator, self.timeout_s = dtype, processes_per_generator, timeout_s
+        self.bucket_bytes = bucket_bytes
+        self.measured: Metrics = {}  # in the last update: of each figure the largest that anyone had
         self.version: int | None = None  # what every generator holds; None: what it started from
         self.untouched = True  # no generator has been sent anything
         generators.restore = self.restore
@@ -82,7 +85,12 @@ class VerifiedWeightSync:
             self._mend(failures, what=f"weight sync of version {version}")
             self._repeated(lambda: self._sent(version), what=f"weight sync of version {version}, repeated")
         self.version = version
-        return {"sync/version": float(version), "timing/weight_sync_s": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        return self.measured | {
+            "sync/version": float(version),
+            "sync/bytes_per_s": self.measured["sync/bytes"] / seconds,
+            "timing/weight_sync_s": seconds,
+        }
 
     def restore(self) -> None:
         """Bring generators that are new, or have a new learner, to the weights that the others hold."""
@@ -111,7 +119,10 @@ class VerifiedWeightSync:
         self.generators.members.renew_dead()  # nobody can join without all
         count = len(self.generators.members)
         infos = self.learners.open_sync(
-            dtype=self.dtype, num_receivers=count * self.processes_per_generator, timeout_s=self.timeout_s
+            dtype=self.dtype,
+            num_receivers=count * self.processes_per_generator,
+            bucket_bytes=self.bucket_bytes,
+            timeout_s=self.timeout_s,
         )
         return self._together(
             self.generators.join_sync(infos[:: self.processes_per_generator]), self.learners.connect_sync()
@@ -139,6 +150,8 @@ class VerifiedWeightSync:
                 receivers.give_up(late)  # whereupon the senders hear that the connection is broken
             if patience.waited_s > self.timeout_s + 2 * GRACE_S:
                 senders.give_up(late)
+        figures = [figure for side in (senders, receivers) for told in side.told for figure in told.items()]
+        self.measured = {name: max(value for key, value in figures if key == name) for name, _ in figures}
         return Failures(*(dict(sorted(side.failed.items())) for side in (receivers, senders)))
 
 
@@ -149,6 +162,7 @@ class Waiting:
         self.members, self.kill_failed = members, kill_failed
         self.calls = {ref: number for number, ref in enumerate(refs)}
         self.failed: dict[int, BaseException] = {}
+        self.told: list[Metrics] = []
 
     def look(self) -> None:
         """Take note of what is done, for a short time."""
@@ -158,7 +172,7 @@ class Waiting:
         for ref in done:
             number = self.calls.pop(ref)
             try:
-                ray.get(ref)
+                self.told.append(ray.get(ref) or {})  # who joins has nothing to tell
             except RayTaskError as error:  # of any kind: `_mend` judges it with everyone else's
                 self.failed[number] = error.cause or error
             except RayError as error:

@@ -49,9 +49,12 @@ class Source:
 
     @torch.no_grad()
     def merged(self, dtype: torch.dtype) -> Tensor:
-        """Return W + scale * B A as a new tensor, computed in float32; the parameters have to be whole."""
+        """Return W + scale * B A, computed in float32; the parameters have to be whole.
+
+        Without an adapter it is the parameter itself if that has the dtype, else a new tensor.
+        """
         if self.down is None or self.up is None:
-            return self.base.detach().to(dtype, copy=True)
+            return self.base.detach().to(dtype)
         change = self.scale * (self.up.float() @ self.down.float())
         return (self.base.float() + (change.t() if self.transposed else change)).to(dtype)
 

@@ -1,14 +1,35 @@
-"""The learner's end of a weight update: rank 0 packs each group of tensors and broadcasts it to all generators."""
+"""The learner's end of a weight update: rank 0 packs the tensors into buckets and sends each to all generators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.weights import GlooTransport, Manifest, Transport, WeightMeta, checksum, open_store, pack
+from actors.weight_transport import Transport, join, open_store
+from actors.weights import Bucket, Manifest, WeightMeta, buckets_of, bytes_of, checksum, checksum_kind
+
+
+@dataclass
+class SendTimes:
+    """Where the time of one update went on the sender, in seconds."""
+
+    gather_s: float = 0.0  # until the groups were there
+    pack_s: float = 0.0  # checksums, and copies into the buckets
+    wait_s: float = 0.0  # for the wire and for receivers that had not yet done with a bucket
+
+    @contextmanager
+    def adding(self, name: str) -> Iterator[None]:
+        """Add the time of the block to the field of this name."""
+        since = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - since)
 
 
 class WeightSender:
@@ -20,10 +41,25 @@ class WeightSender:
     """
 
     def __init__(
-        self, manifest: Manifest, *, num_receivers: int, host: str = "127.0.0.1", timeout: float = 300.0
+        self,
+        manifest: Manifest,
+        *,
+        num_receivers: int,
+        bucket_bytes: int,
+        device: str = "cpu",
+        host: str = "127.0.0.1",
+        timeout: float = 300.0,
     ) -> None:
-        """Opens the rendezvous on a free port of `host`, which the receivers must be able to reach."""
+        """Opens the rendezvous on a free port of `host`, which the receivers must be able to reach.
+
+        `device` is where the tensors will be: it decides on the checksum.
+        """
         self._manifest = manifest
+        self._bucket_bytes = bucket_bytes
+        self._buckets = {
+            index: list(buckets) for index, buckets in groupby(buckets_of(manifest, bucket_bytes), lambda b: b.group)
+        }
+        self._checksum = checksum_kind(torch.device(device))
         self._world_size = 1 + num_receivers
         self._timeout = timeout
         self._store = open_store(host, None, timeout=timeout)
@@ -41,6 +77,8 @@ class WeightSender:
             "rank": rank,
             "world_size": self._world_size,
             "timeout": self._timeout,
+            "bucket_bytes": self._bucket_bytes,
+            "checksum": self._checksum,
             "manifest": self._manifest.to_plain(),
         }
 
@@ -48,48 +86,63 @@ class WeightSender:
         """Returns once every receiver has joined. Raises RuntimeError when one has not within the timeout."""
         assert self._transport is None, "connected already"
         try:
-            self._transport = GlooTransport(self._store, rank=0, world_size=self._world_size, timeout=self._timeout)
+            self._transport = join(
+                self._store,
+                rank=0,
+                world_size=self._world_size,
+                timeout=self._timeout,
+                bucket_bytes=self._bucket_bytes,
+            )
         except RuntimeError as error:
             who = f"{self._world_size - 1} receivers did not all join the weight sync within {self._timeout:g} s"
             raise RuntimeError(f"{who}: {error}") from error
 
-    def send(self, groups: Iterable[Sequence[tuple[str, Tensor]]], *, version: int) -> None:
-        """Broadcast `groups`, which must follow the manifest in names, dtypes and shapes, then checksums and version.
+    def send(self, groups: Iterable[Sequence[tuple[str, Tensor]]], *, version: int) -> SendTimes:
+        """Send `groups`, which must follow the manifest in names, dtypes and shapes, then checksums and version.
 
-        `groups` may gather each group as it is asked for; one is held at a time. On any error the connection is
-        closed, so that no receiver waits for the rest, and the error names the group.
+        `groups` may gather each group as it is asked for; one is held at a time, while the last bucket of the one
+        before may still be on its way. On any error the connection is closed, so that no receiver waits for the rest,
+        and the error names the group.
         """
         if self._transport is None:
             raise RuntimeError("the weight sender is not connected, or an earlier update failed and closed it")
-        given = iter(groups)
+        transport, given, times = self._transport, iter(groups), SendTimes()
         checksums: list[int] = []
-        stage = "the start"
+        stage = on_its_way = "the start"
         try:
             for index, metas in enumerate(self._manifest.groups):
                 stage = f"group {index} ({metas[0].name} to {metas[-1].name})"
-                checksums += self._send_group(self._transport, metas, next(given, ()))
-            stage = "the checksums"
+                with times.adding("gather_s"):
+                    tensors = _checked(metas, next(given, ()))
+                for bucket in self._buckets[index]:
+                    with times.adding("pack_s"):
+                        checksums += self._pack(bucket, tensors, transport.slot())
+                    with times.adding("wait_s"):
+                        stage, on_its_way = on_its_way, stage
+                        transport.settle()
+                        stage = on_its_way
+                        transport.send(bucket.num_bytes)
             if next(given, None) is not None:
+                stage = "the checksums"
                 raise ValueError(f"the manifest has {len(self._manifest.groups)} groups, and more were given")
-            trailer = torch.tensor([*checksums, version], dtype=torch.int64, device=self._transport.device)
-            self._transport.broadcast(trailer)
+            with times.adding("wait_s"):
+                transport.settle()
+                stage = "the checksums"
+                trailer = torch.tensor([*checksums, version], dtype=torch.int64, device=transport.device)
+                transport.broadcast(trailer)
         except Exception as error:
             self.close()
             raise RuntimeError(f"weight update {version} failed at {stage}: {error}") from error
+        return times
 
-    @staticmethod
-    def _send_group(
-        transport: Transport, metas: Sequence[WeightMeta], group: Sequence[tuple[str, Tensor]]
-    ) -> list[int]:
-        expected = [(meta.name, meta.torch_dtype, meta.shape) for meta in metas]
-        given = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in group]
-        if given != expected:
-            odd = next((pair for pair in zip(expected, given, strict=False) if pair[0] != pair[1]), None)
-            what = f"expected {odd[0]}, got {odd[1]}" if odd else f"expected {len(expected)} tensors, got {len(given)}"
-            raise ValueError(f"the tensors differ from the manifest: {what}")
-        tensors = [tensor for _, tensor in group]
-        sums = [checksum(tensor) for tensor in tensors]
-        transport.broadcast(pack(metas, tensors).to(transport.device))
+    def _pack(self, bucket: Bucket, tensors: Mapping[str, Tensor], slot: Tensor) -> list[int]:
+        """Write what `bucket` carries into `slot`; the checksums of the tensors that begin in it."""
+        sums = []
+        for part in bucket.parts:
+            tensor = tensors[part.meta.name]
+            if part.start == 0:
+                sums.append(checksum(tensor, self._checksum))
+            part.within(slot).copy_(bytes_of(tensor)[part.start : part.stop])
         return sums
 
     def close(self) -> None:
@@ -97,3 +150,14 @@ class WeightSender:
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def _checked(metas: Sequence[WeightMeta], group: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a group by name. Raises ValueError unless they are as the manifest says, in order."""
+    expected = [(meta.name, meta.torch_dtype, meta.shape) for meta in metas]
+    given = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in group]
+    if given != expected:
+        odd = next((pair for pair in zip(expected, given, strict=False) if pair[0] != pair[1]), None)
+        what = f"expected {odd[0]}, got {odd[1]}" if odd else f"expected {len(expected)} tensors, got {len(given)}"
+        raise ValueError(f"the tensors differ from the manifest: {what}")
+    return dict(group)

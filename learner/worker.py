@@ -135,12 +135,21 @@ class LearnerWorker:
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
-    def open_sync(self, *, dtype: str, num_receivers: int, host: str, timeout_s: float) -> list[dict[str, Any]]:
+    def open_sync(
+        self, *, dtype: str, num_receivers: int, bucket_bytes: int, host: str, timeout_s: float
+    ) -> list[dict[str, Any]]:
         """Open the rendezvous of the weight sync; return what each receiver needs to join, from rank 0 alone."""
         self.manifest = zero.manifest(self.policy.module.model, dtype)
         if self.ranks.rank != 0:
             return []
-        self.sender = WeightSender(self.manifest, num_receivers=num_receivers, host=host, timeout=timeout_s)
+        self.sender = WeightSender(
+            self.manifest,
+            num_receivers=num_receivers,
+            bucket_bytes=bucket_bytes,
+            device=self.setup.device,
+            host=host,
+            timeout=timeout_s,
+        )
         return [self.sender.receiver_info(1 + index) for index in range(num_receivers)]
 
     def connect_sync(self) -> None:
@@ -148,8 +157,11 @@ class LearnerWorker:
         if self.sender is not None:
             self.sender.connect()
 
-    def send_weights(self, version: int) -> None:
+    def send_weights(self, version: int) -> dict[str, float]:
         """Send the policy's weights, merged, to every receiver. A collective: all ranks gather, rank 0 sends.
+
+        Returns:
+            how many bytes, and where rank 0's time went: metrics, on rank 0 alone.
 
         Raises:
             RuntimeError: on rank 0 alone: a receiver is lost or late. The ranks are together all the same.
@@ -157,8 +169,15 @@ class LearnerWorker:
         assert self.manifest is not None, "open_sync comes first"
         groups = zero.gathered_groups(self.policy.module.model, self.manifest)
         try:
-            if self.sender is not None:
-                self.sender.send(groups, version=version)
+            if self.sender is None:
+                return {}
+            times = self.sender.send(groups, version=version)
+            return {
+                "sync/bytes": float(sum(meta.num_bytes for meta in self.manifest)),
+                "timing/sync_gather_s": times.gather_s,
+                "timing/sync_pack_s": times.pack_s,
+                "timing/sync_wait_s": times.wait_s,
+            }
         finally:
             for _ in groups:  # the other ranks are in the middle of it, whatever has become of the sending
                 pass

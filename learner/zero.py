@@ -181,8 +181,8 @@ def gathered_groups(model: nn.Module, manifest: Manifest) -> Iterator[list[tuple
     """Yield the whole parameters of a partitioned model, one group of the manifest at a time, on every rank.
 
     A collective: every rank must run it to the end. Tied parameters come once, under their first name, and adapters
-    merged into the weights that they are at. The tensors are copies in the dtype of the manifest and stay valid after
-    the next group is gathered.
+    merged into the weights that they are at. The tensors are in the dtype of the manifest and valid until the next
+    group is asked for: where nothing has to be computed, they are the gathered parameters themselves.
     """
     import deepspeed
 
@@ -192,8 +192,7 @@ def gathered_groups(model: nn.Module, manifest: Manifest) -> Iterator[list[tuple
         members = [(meta, sources[meta.name]) for meta in group]
         parameters = [parameter for _, source in members for parameter in source.parameters]
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-            copies = [(meta.name, source.merged(meta.torch_dtype)) for meta, source in members]
-        yield copies
+            yield [(meta.name, source.merged(meta.torch_dtype)) for meta, source in members]
 
 
 def full_state(model: nn.Module, *, dtype: str, keep: bool = True) -> dict[str, Tensor]:
@@ -204,7 +203,7 @@ def full_state(model: nn.Module, *, dtype: str, keep: bool = True) -> dict[str, 
     state: dict[str, Tensor] = {}
     for group in gathered_groups(model, manifest(model, dtype)):
         if keep:
-            state |= {name: tensor.cpu() for name, tensor in group}
+            state |= {name: tensor.to("cpu", copy=True) for name, tensor in group}
     return state
 
 

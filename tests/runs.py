@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-VARYING = ("timing/", "throughput/", "idle/", "memory/", "recoveries/")  # what two equal runs may differ in
+# what two equal runs may differ in
+VARYING = ("timing/", "throughput/", "idle/", "memory/", "recoveries/", "sync/bytes_per_s")
 SMALL = [
     "experiment=quickstart",
     "sft.num_steps=3",

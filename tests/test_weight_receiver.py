@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from actors.generator import SampleRequest, VLLMGenerator, sampling_seed
 from actors.rollout import Prompt, Rollout
-from actors.weights import GlooTransport, Manifest, WeightMeta, WeightMismatchError, manifest_of, message_layout
+from actors.weights import Bucket, Manifest, WeightMeta, WeightMismatchError, manifest_of
 from conf.schema import GeneratorConfig
 from learner.weight_sender import WeightSender
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_checkpoint
@@ -26,6 +26,7 @@ from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_checkpoint
 pytestmark = pytest.mark.engine
 
 TIMEOUT = 20.0
+BUCKET = 1 << 14  # bytes: less than an embedding or a layer of the tiny models
 # Log-probabilities against Hugging Face in float32 on the same, rounded, weights. In bfloat16 the activations are
 # rounded at every layer: measured at up to 0.06, on average up to 0.012; an update left out is worth 0.3 or more.
 MAX_GAP = {"float32": 1e-5, "bfloat16": 0.1}
@@ -53,7 +54,7 @@ class Pair:
         self.sender: WeightSender | None = None
 
     def connect(self, *, timeout: float = TIMEOUT) -> None:
-        self.sender = WeightSender(self.manifest, num_receivers=self.num_workers, timeout=timeout)
+        self.sender = WeightSender(self.manifest, num_receivers=self.num_workers, bucket_bytes=BUCKET, timeout=timeout)
         with alongside(self.sender.connect):
             self.generator.init_weight_transfer(self.sender.receiver_info(1))
 
@@ -106,7 +107,7 @@ class Pair:
 class alongside:  # noqa: N801
     """Run `call` in a thread during the block; an error of the block goes before one of the thread."""
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(self, call: Callable[[], object]) -> None:
         self.error: Exception | None = None
         self.call = call
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -197,35 +198,27 @@ def test_two_tensor_parallel_processes_hold_their_shares(
     pair.sync(1)
     assert pair.gaps(pair.sample()).max() < MAX_GAP["float32"]
     pair.change_weights(2)
-    flip_on_the_wire(monkeypatch, pair.manifest, "model.layers.1.self_attn.v_proj.bias")
+    flip_on_the_wire(monkeypatch, "model.layers.1.self_attn.v_proj.bias")
     assert_refused(pair, "model.layers.1.self_attn.v_proj.bias", "wire")
 
 
-def position_of(manifest: Manifest, name: str) -> tuple[int, int]:
-    """The message that carries `name` and the byte at which it starts there."""
-    for index, group in enumerate(manifest.groups):
-        names = [meta.name for meta in group]
-        if name in names:
-            return index, message_layout(group)[0][names.index(name)]
-    raise KeyError(name)
+def flip_on_the_wire(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Make the sender flip a bit of `name` in the packed bucket of its next update."""
+    pack = WeightSender._pack
 
+    def flip(self: WeightSender, bucket: Bucket, tensors: Mapping[str, Tensor], slot: Tensor) -> list[int]:
+        checksums = pack(self, bucket, tensors, slot)
+        for part in bucket.parts:
+            if part.meta.name == name and part.last:
+                part.within(slot)[5] ^= 1
+        return checksums
 
-def flip_on_the_wire(monkeypatch: pytest.MonkeyPatch, manifest: Manifest, name: str) -> None:
-    """Make the sender flip a bit of `name` in the packed message of its next update."""
-    group, offset = position_of(manifest, name)
-    broadcast, calls = GlooTransport.broadcast, iter(range(1000))
-
-    def flip(self: GlooTransport, tensor: Tensor) -> None:
-        if threading.current_thread() is not threading.main_thread() and next(calls) == group:  # the sender's side
-            tensor[offset + 5] ^= 1
-        broadcast(self, tensor)
-
-    monkeypatch.setattr(GlooTransport, "broadcast", flip)
+    monkeypatch.setattr(WeightSender, "_pack", flip)
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
 def test_a_bit_flipped_on_the_wire_is_refused_by_name(pair: Pair, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    flip_on_the_wire(monkeypatch, pair.manifest, name)
+    flip_on_the_wire(monkeypatch, name)
     assert_refused(pair, name, "wire")
 
 
@@ -287,17 +280,25 @@ def test_an_embedding_altered_in_one_bit_is_refused(pair: Pair, monkeypatch: pyt
     assert_refused(pair, "model.embed_tokens.weight", "held")
 
 
-@pytest.mark.parametrize("scale", [1.0 + 1e-4, -1.0])
+def last_two_swapped(outputs: Tensor) -> Tensor:
+    return torch.cat([outputs[:, :-2], outputs[:, -2:].flip(1)], dim=1)
+
+
+@pytest.mark.parametrize("alter", [lambda outputs: outputs * (1.0 + 1e-4), last_two_swapped])
 def test_a_packed_weight_altered_in_some_rows_is_refused(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, scale: float
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, alter: Callable[[Tensor], Tensor]
 ) -> None:
     """The engine's copy of gate_up_proj cannot be read; the second half of its rows is up_proj."""
 
     def spoil(model: Any) -> None:
         layer = model.model.layers[0].mlp.gate_up_proj
         multiply, half = layer.cpu_linear, layer.output_size_per_partition // 2
-        scales = torch.cat([torch.ones(half), torch.full((half,), scale)])
-        layer.cpu_linear = lambda x, weight, bias: multiply(x, weight, bias) * scales
+
+        def altered(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            outputs = multiply(x, weight, bias)
+            return torch.cat([outputs[:, :half], alter(outputs[:, half:])], dim=1)
+
+        layer.cpu_linear = altered
 
     spoil_after_loading(monkeypatch, spoil)
     assert_refused(pair, "model.layers.0.mlp.up_proj.weight", "held")
@@ -462,7 +463,8 @@ class TestGoodUpdates:
     ) -> None:
         name = "model.layers.1.self_attn.k_proj.weight"
         (meta,) = (meta for meta in shared_pair.manifest if meta.name == name)
-        sender = WeightSender(with_meta(shared_pair.manifest, name, *change(meta)), num_receivers=1, timeout=TIMEOUT)
+        changed = with_meta(shared_pair.manifest, name, *change(meta))
+        sender = WeightSender(changed, num_receivers=1, bucket_bytes=BUCKET, timeout=TIMEOUT)
         with pytest.raises(ValueError, match=message):
             shared_pair.generator.init_weight_transfer(sender.receiver_info(1))
         shared_pair.sample()  # nothing has been touched

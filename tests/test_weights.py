@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,26 +16,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from actors import weight_transport
+from actors.weight_transport import GlooTransport, SharedMemoryTransport, Transport, join, open_store
 from actors.weights import (
     ALIGNMENT,
-    GlooTransport,
     Manifest,
     WeightMeta,
     WeightMismatchError,
+    buckets_of,
+    bytes_of,
     checksum,
     manifest_of,
-    message_layout,
-    open_store,
-    pack,
-    unpack,
 )
 from learner.ranks import Ranks
 from learner.weight_sender import WeightSender
-from tests.learner_ranks import on_ranks
+from tests.learner_ranks import IMPORTED, on_ranks
 from tests.test_learner import make_setup
 from tests.tiny_models import FAMILIES, tiny_checkpoint, tiny_config
 
 MASK = (1 << 64) - 1
+KINDS = ("xxh3", "splitmix64")
+BUCKET = 2 * ALIGNMENT  # small enough for the tensors below to be cut
 GROUPS = (
     (WeightMeta("embed", "float32", (3, 5)), WeightMeta("layers.0.bias", "bfloat16", (7,))),
     (WeightMeta("scale", "float32", ()),),
@@ -63,56 +67,62 @@ def some_tensors(seed: int = 0) -> list[list[tuple[str, Tensor]]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("size", [1, 7, 8, 33])
-def test_checksum_equals_a_slow_loop(dtype: torch.dtype, size: int) -> None:
+def test_splitmix64_equals_a_slow_loop(dtype: torch.dtype, size: int) -> None:
     tensor = (torch.randn(size, generator=torch.Generator().manual_seed(size)) * 50).to(dtype)
-    assert checksum(tensor) == slow_checksum(bytes(tensor.view(torch.uint8).tolist()))
+    assert checksum(tensor, "splitmix64") == slow_checksum(bytes(tensor.view(torch.uint8).tolist()))
 
 
-def test_checksum_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splitmix64_does_not_depend_on_the_chunks_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(101, generator=torch.Generator().manual_seed(0))
-    whole = checksum(tensor)
+    whole = checksum(tensor, "splitmix64")
     monkeypatch.setattr("actors.weights.CHECKSUM_CHUNK", {"cpu": 3})
-    assert checksum(tensor) == whole
+    assert checksum(tensor, "splitmix64") == whole
 
 
-def test_checksum_of_no_elements_is_zero() -> None:
-    assert checksum(torch.empty(0)) == 0
+def test_xxh3_is_that_of_its_specification() -> None:
+    """The test vectors of xxHash for no input and for one byte of zero, seed 0."""
+    assert checksum(torch.empty(0), "xxh3") & MASK == 0x2D06800538D394C2
+    assert checksum(torch.zeros(1, dtype=torch.uint8), "xxh3") & MASK == 0xC44BDFF4074EECDB
 
 
-def test_checksum_sees_every_single_bit() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checksum_sees_every_single_bit(kind: str) -> None:
     data = torch.randint(0, 256, (29,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    seen = {checksum(data)}
+    seen = {checksum(data, kind)}
     for byte in range(29):
         for bit in range(8):
             flipped = data.clone()
             flipped[byte] ^= 1 << bit
-            seen.add(checksum(flipped))
+            seen.add(checksum(flipped, kind))
     assert len(seen) == 1 + 29 * 8
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("values", [[1.0, 2.0, -2.0, 4.0, 4.5, -4.0, 0.0, -0.0], list(range(8))])
-def test_checksum_sees_every_swap_of_words_and_of_elements(values: list[float]) -> None:
+def test_checksum_sees_every_swap_of_words_and_of_elements(values: list[float], kind: str) -> None:
     tensor = torch.tensor(values)
-    before = checksum(tensor)
+    before = checksum(tensor, kind)
     for width in (1, 2):  # an element, and a 64-bit word of two
         units = tensor.view(-1, width)
         for i in range(len(units)):
             for j in range(i):
                 swapped = units.clone()
                 swapped[[i, j]] = units[[j, i]]
-                assert (checksum(swapped) == before) == bool(
+                assert (checksum(swapped, kind) == before) == bool(
                     (units[i].view(torch.int32) == units[j].view(torch.int32)).all()
                 )
 
 
-def test_checksum_sees_a_swap_of_words_that_differ_in_their_highest_bit_only() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checksum_sees_a_swap_of_words_that_differ_in_their_highest_bit_only(kind: str) -> None:
     words = torch.tensor([[1.0, 2.0], [1.0, -2.0]])
-    assert checksum(words) != checksum(words.flip(0))
+    assert checksum(words, kind) != checksum(words.flip(0), kind)
 
 
-def test_checksum_reads_a_view_in_row_major_order() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_checksum_reads_a_view_in_row_major_order(kind: str) -> None:
     matrix = torch.arange(12.0).view(3, 4)
-    assert checksum(matrix.t()) == checksum(matrix.t().contiguous()) != checksum(matrix)
+    assert checksum(matrix.t(), kind) == checksum(matrix.t().contiguous(), kind) != checksum(matrix, kind)
 
 
 def test_a_mismatch_survives_pickling_and_being_quoted() -> None:
@@ -125,25 +135,27 @@ def test_a_mismatch_survives_pickling_and_being_quoted() -> None:
     assert WeightMismatchError.parse("connection closed by peer") is None
 
 
-@pytest.mark.parametrize("group", GROUPS)
-def test_unpack_gives_back_what_pack_took(group: tuple[WeightMeta, ...]) -> None:
-    tensors = [torch.randn(meta.shape).to(meta.torch_dtype) for meta in group]
-    message = pack(group, tensors)
-    for meta, sent, received in zip(group, tensors, unpack(group, message), strict=True):
-        assert received.dtype == meta.torch_dtype
-        assert torch.equal(sent, received)
-
-
-def test_tensors_of_a_message_start_aligned_and_do_not_overlap() -> None:
-    offsets, length = message_layout(GROUPS[0])
-    assert offsets == [0, 64]  # 3 x 5 x 4 bytes = 60
-    assert length == 80  # 7 x 2 bytes = 14
-    assert all(offset % ALIGNMENT == 0 for offset in offsets)
-
-
-def test_pack_refuses_a_tensor_of_another_shape() -> None:
-    with pytest.raises(AssertionError, match="scale"):
-        pack(GROUPS[1], [torch.zeros(1)])
+@pytest.mark.parametrize("limit", [64, 128, 192, 1024])
+def test_buckets_carry_every_byte_once_in_order_and_keep_to_their_limit(limit: int) -> None:
+    sizes = [(3, 64, 1, 16), (40,), (200, 1), (0, 5, 100)]
+    manifest = Manifest(
+        tuple(
+            tuple(WeightMeta(f"{i}.{j}", "float32", (n,)) for j, n in enumerate(group)) for i, group in enumerate(sizes)
+        )
+    )
+    buckets = buckets_of(manifest, limit)
+    parts = [part for bucket in buckets for part in bucket.parts]
+    for meta in manifest:
+        of_meta = [part for part in parts if part.meta is meta]
+        assert [part.start for part in of_meta] == [0, *(part.stop for part in of_meta[:-1])]
+        assert of_meta[-1].stop == meta.num_bytes
+        assert len(of_meta) == max(1, -(-meta.num_bytes // limit)), "what fits is not cut"
+    assert [part.meta.name for part in parts if part.start == 0] == [meta.name for meta in manifest]
+    for bucket in buckets:
+        assert bucket.num_bytes <= limit
+        assert {part.meta.name.split(".")[0] for part in bucket.parts} == {str(bucket.group)}
+        ends = [0, *(part.at + part.stop - part.start for part in bucket.parts)]
+        assert all(part.at % ALIGNMENT == 0 and part.at >= end for part, end in zip(bucket.parts, ends, strict=False))
 
 
 def test_manifest_survives_the_way_between_processes() -> None:
@@ -180,39 +192,53 @@ def test_manifest_reads_the_shape_that_zero3_keeps_beside_an_empty_parameter() -
     assert next(iter(manifest_of(model, "float32"))).shape == (2, 3)
 
 
+def joined(info: dict[str, Any]) -> Transport:
+    store = open_store(info["host"], info["port"], timeout=info["timeout"])
+    names = ("rank", "world_size", "timeout", "bucket_bytes")
+    return join(store, **{name: info[name] for name in names})
+
+
 class Receiver(threading.Thread):
-    """Joins as `rank`, receives one whole update, keeps it or the error it met."""
+    """Joins, receives one whole update, keeps it or the error it met."""
 
     def __init__(self, info: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self.info = info
-        self.update: list[Tensor] = []
+        self.update: dict[str, Tensor] = {}
+        self.trailer: list[int] = []
         self.error: Exception | None = None
+        self.wire: Transport | None = None
 
     def run(self) -> None:
         try:
-            store = open_store(self.info["host"], self.info["port"], timeout=self.info["timeout"])
-            wire = GlooTransport(
-                store, rank=self.info["rank"], world_size=self.info["world_size"], timeout=self.info["timeout"]
-            )
+            self.wire = joined(self.info)
             manifest = Manifest.from_plain(self.info["manifest"])
-            for group in manifest.groups:
-                message = torch.empty(message_layout(group)[1], dtype=torch.uint8)
-                wire.broadcast(message)
-                self.update += unpack(group, message)
+            self.update = {meta.name: torch.empty(meta.shape, dtype=meta.torch_dtype) for meta in manifest}
+            for bucket in buckets_of(manifest, self.info["bucket_bytes"]):
+                message = self.wire.receive(bucket.num_bytes)
+                for part in bucket.parts:
+                    bytes_of(self.update[part.meta.name])[part.start : part.stop] = part.within(message)
             trailer = torch.empty(len(manifest) + 1, dtype=torch.int64)
-            wire.broadcast(trailer)
-            self.update.append(trailer)
+            self.wire.broadcast(trailer)
+            self.trailer = trailer.tolist()
         except RuntimeError as error:
             self.error = error
 
 
+@pytest.fixture(params=[True, False], ids=["shared-memory", "gloo"])
+def shared(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is a place for shared memory."""
+    if not request.param:
+        monkeypatch.setattr(weight_transport, "SHARED_MEMORY", tmp_path / "missing")
+    return bool(request.param)
+
+
 @pytest.fixture
-def connected() -> Iterator[Callable[[int], tuple[WeightSender, list[Receiver]]]]:
+def connected(shared: bool) -> Iterator[Callable[[int], tuple[WeightSender, list[Receiver]]]]:
     senders = []
 
     def connect(num_receivers: int) -> tuple[WeightSender, list[Receiver]]:
-        sender = WeightSender(Manifest(GROUPS), num_receivers=num_receivers, timeout=20)
+        sender = WeightSender(Manifest(GROUPS), num_receivers=num_receivers, bucket_bytes=BUCKET, timeout=20)
         senders.append(sender)
         receivers = [Receiver(sender.receiver_info(1 + rank)) for rank in range(num_receivers)]
         for receiver in receivers:
@@ -225,20 +251,92 @@ def connected() -> Iterator[Callable[[int], tuple[WeightSender, list[Receiver]]]
         sender.close()
 
 
+def files_of_ours() -> list[Path]:
+    return list(Path("/dev/shm").glob(f"{weight_transport.PREFIX}*"))
+
+
 @pytest.mark.ranks
 def test_an_update_reaches_every_receiver(
-    connected: Callable[[int], tuple[WeightSender, list[Receiver]]],
+    connected: Callable[[int], tuple[WeightSender, list[Receiver]]], shared: bool
 ) -> None:
     sender, receivers = connected(2)
+    assert files_of_ours() == [], "nothing could be left behind from here on"
     groups = some_tensors()
     sender.send(iter(groups), version=7)
-    sent = [tensor for group in groups for _, tensor in group]
+    sent = {name: tensor for group in groups for name, tensor in group}
     for receiver in receivers:
         receiver.join(timeout=20)
         assert receiver.error is None
-        *tensors, trailer = receiver.update
-        assert all(torch.equal(a, b) for a, b in zip(sent, tensors, strict=True))
-        assert trailer.tolist() == [*(checksum(tensor) for tensor in sent), 7]
+        assert isinstance(receiver.wire, SharedMemoryTransport if shared else GlooTransport)
+        assert all(torch.equal(sent[name], tensor) for name, tensor in receiver.update.items())
+        assert receiver.trailer == [*(checksum(tensor, "xxh3") for tensor in sent.values()), 7]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("why", ["no such file", "another content", "no room"])
+def test_without_memory_that_all_can_map_buckets_go_by_gloo(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One receiver of two is on another host, or finds a file of that name which is not the sender's."""
+    found = weight_transport._found
+
+    def sometimes(path: Path, token: Tensor, num_bytes: int) -> Tensor | None:
+        if threading.current_thread() is not receivers[0]:
+            return found(path, token, num_bytes)
+        if why == "no such file":
+            return found(path.with_name("elsewhere"), token, num_bytes)
+        return found(path, torch.zeros_like(token), num_bytes)
+
+    def full(*args: Any) -> None:
+        raise OSError("no space left on device")
+
+    if why == "no room":
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        monkeypatch.setattr(weight_transport, "_found", sometimes)
+    sender = WeightSender(Manifest(GROUPS), num_receivers=2, bucket_bytes=BUCKET, timeout=20)
+    receivers = [Receiver(sender.receiver_info(1 + rank)) for rank in range(2)]
+    for receiver in receivers:
+        receiver.start()
+    sender.connect()
+    assert files_of_ours() == []
+    groups = some_tensors()
+    sender.send(groups, version=1)
+    for receiver in receivers:
+        receiver.join(timeout=20)
+        assert isinstance(receiver.wire, GlooTransport)
+        assert all(torch.equal(receiver.update[name], tensor) for group in groups for name, tensor in group)
+    sender.close()
+
+
+def receive_one(info: dict[str, Any], told: Any) -> None:
+    wire = joined(info)
+    wire.receive(BUCKET)
+    told.send(type(wire).__name__)
+    time.sleep(60)
+
+
+@pytest.mark.ranks
+def test_a_receiver_that_is_killed_is_an_error_at_once_and_leaves_nothing_behind() -> None:
+    meta = WeightMeta("embed", "float32", (BUCKET,))  # four buckets
+    sender = WeightSender(Manifest(((meta,),)), num_receivers=1, bucket_bytes=BUCKET, timeout=60)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=receive_one, args=(sender.receiver_info(1), theirs), daemon=True)
+    process.start()
+    sender.connect()
+
+    def kill() -> None:
+        ours.recv()
+        process.kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"weight update 3 failed at group 0 .embed to embed.: "):
+        sender.send([[("embed", torch.zeros(meta.shape))]], version=3)
+    assert time.monotonic() - begun < 30, "half of the timeout"
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    assert files_of_ours() == []
 
 
 @pytest.mark.ranks
@@ -282,17 +380,17 @@ def test_tensors_that_differ_from_the_manifest_are_not_sent(
 
 @pytest.mark.ranks
 def test_a_receiver_that_never_joins_is_an_error_within_the_timeout() -> None:
-    sender = WeightSender(Manifest(GROUPS), num_receivers=1, timeout=1)
+    sender = WeightSender(Manifest(GROUPS), num_receivers=1, bucket_bytes=BUCKET, timeout=1)
     with pytest.raises(RuntimeError):
         sender.connect()
 
 
 @pytest.mark.ranks
-def test_a_receiver_that_stands_still_is_an_error_after_the_timeout_for_all_others() -> None:
+def test_a_receiver_that_stands_still_is_an_error_after_the_timeout_for_all_others(shared: bool) -> None:
     """The sender is told at which group; a receiver that has been keeping up does not wait for longer either."""
     timeout = 4.0
     manifest = Manifest(tuple((WeightMeta(f"layers.{index}", "float32", (1 << 22,)),) for index in range(2)))
-    sender = WeightSender(manifest, num_receivers=2, timeout=timeout)
+    sender = WeightSender(manifest, num_receivers=2, bucket_bytes=1 << 24, timeout=timeout)
     over, waited = threading.Event(), [0.0]
 
     def stand_still() -> None:
@@ -304,8 +402,8 @@ def test_a_receiver_that_stands_still_is_an_error_after_the_timeout_for_all_othe
         wire = joined(sender.receiver_info(2))
         begun = time.monotonic()
         try:
-            for group in manifest.groups:
-                wire.broadcast(torch.empty(message_layout(group)[1], dtype=torch.uint8))
+            for bucket in buckets_of(manifest, 1 << 24):
+                wire.receive(bucket.num_bytes)
         except RuntimeError:
             waited[0] = time.monotonic() - begun
 
@@ -325,11 +423,6 @@ def test_a_receiver_that_stands_still_is_an_error_after_the_timeout_for_all_othe
     over.set()
 
 
-def joined(info: dict[str, Any]) -> GlooTransport:
-    store = open_store(info["host"], info["port"], timeout=info["timeout"])
-    return GlooTransport(store, rank=info["rank"], world_size=info["world_size"], timeout=info["timeout"])
-
-
 def send_to_nobody(ranks: Ranks, path: str) -> tuple[str | None, dict[str, Any]]:
     """Send weights to a receiver that has joined and gone; return what was said of it, and what a gather then sees."""
     from learner import zero
@@ -337,7 +430,7 @@ def send_to_nobody(ranks: Ranks, path: str) -> tuple[str | None, dict[str, Any]]
 
     setup = make_setup("grpo, clip-higher, mask", {"policy": path, "reference": path, "critic": path})
     worker = LearnerWorker(setup, ranks)
-    infos = worker.open_sync(dtype="float32", num_receivers=1, host="127.0.0.1", timeout_s=10.0)
+    infos = worker.open_sync(dtype="float32", num_receivers=1, bucket_bytes=1 << 20, host="127.0.0.1", timeout_s=10.0)
     leaving = [threading.Thread(target=lambda info=info: joined(info).close()) for info in infos]
     for thread in leaving:
         thread.start()

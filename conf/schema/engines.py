@@ -174,6 +174,7 @@ class ClusterConfig:
     start_timeout_s: float = 600.0  # until every actor has to be up
     call_timeout_s: float = 1800.0  # longest that one remote call may take
     sync_timeout_s: float = 300.0
+    sync_bucket_mib: int = 64  # the most that one message of the weight sync carries; each side holds two
     heartbeat_s: float = 60.0  # a process that has not answered for so long is lost
     replace_timeout_s: float = 600.0  # how long a process that is lost may wait for a place, if its node is gone
     max_recoveries: int = 3  # of one kind without the run getting any further; one more ends it
@@ -181,7 +182,7 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         one_of("cluster.device", self.device, DEVICES)
-        for name in ("num_generators", "num_rewards", "num_learners", "threads"):
+        for name in ("num_generators", "num_rewards", "num_learners", "threads", "sync_bucket_mib"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
         if self.learner_threads is not None:
             at_least("cluster.learner_threads", self.learner_threads, 1)
