@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from actors.weights import Manifest
@@ -55,13 +56,21 @@ def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:
     )
 
 
-def deepspeed_config(learner: LearnerConfig, optimizer: OptimizerConfig | None, *, device: str) -> dict[str, Any]:
+def deepspeed_config(
+    learner: LearnerConfig, optimizer: OptimizerConfig | None, *, device: str, num_ranks: int
+) -> dict[str, Any]:
     """Return DeepSpeed's configuration; `optimizer` None is for a frozen model.
 
     `managed_gradient_accumulation` is off: every backward adds to the gradient and step() is the boundary, so the
     micro-batches of a mini-batch may differ in number and size and still add up exactly.
     """
-    zero: dict[str, Any] = {"stage": learner.zero_stage, "stage3_gather_16bit_weights_on_model_save": False}
+    zero: dict[str, Any] = {
+        "stage": learner.zero_stage,
+        "stage3_gather_16bit_weights_on_model_save": False,
+        "memory_efficient_linear": False,  # a linear layer of its own, in Python, for models that are frozen in part
+    }
+    if num_ranks == 1:
+        zero["stage3_param_persistence_threshold"] = 2**40  # there is nobody to share with: nothing is let go
     if optimizer is not None:
         zero |= offload("offload_optimizer", learner.offload_optimizer, learner.nvme_path)
     zero |= offload("offload_param", learner.offload_parameters, learner.nvme_path)
@@ -128,7 +137,7 @@ def trained_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=deepspeed_config(learner, optimizer, device=device),
+        config=deepspeed_config(learner, optimizer, device=device, num_ranks=dist.get_world_size()),
         lr_scheduler=scheduler,
         dist_init_required=False,
     )
@@ -142,7 +151,9 @@ def frozen_engine(model: nn.Module, learner: LearnerConfig, *, device: str) -> A
 
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(
-        model=model, config=deepspeed_config(learner, None, device=device), dist_init_required=False
+        model=model,
+        config=deepspeed_config(learner, None, device=device, num_ranks=dist.get_world_size()),
+        dist_init_required=False,
     )
     engine.eval()
     return engine
