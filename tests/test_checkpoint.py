@@ -30,6 +30,7 @@ from learner.shards import Shard
 from learner.supervised import SupervisedSetup
 from tests import test_learner, test_supervised
 from tests.learner_ranks import on_ranks
+from tests.runs import reproducible
 from tests.tiny_models import VOCAB_SIZE, tiny_checkpoint
 
 # The files, without any engine
@@ -277,7 +278,7 @@ def of_variant(ranks: Ranks, setup: Any, name: str, folder: Path, others: dict[s
 
 
 def train_on(worker: Any, start: Held) -> Course:
-    metrics = [advance(worker, step) for step in range(1, UPDATES)]
+    metrics = reproducible([advance(worker, step) for step in range(1, UPDATES)])
     return Course(start, held(worker), metrics)
 
 

@@ -46,5 +46,7 @@ def test_an_update_runs_each_network_once_and_trains_two() -> None:
     assert passes_flops(Costs(policy, None), [4], 2, epochs=1, train_policy=True) == 5 * of_policy
 
 
-def test_the_rate_of_this_device_is_measured() -> None:
+def test_the_rate_of_this_device_is_measured_and_no_random_state_touched() -> None:
+    before = torch.get_rng_state()
     assert matrix_rate(torch.device("cpu"), torch.float32, repeats=1) > 1e8
+    assert torch.equal(torch.get_rng_state(), before)
