@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,19 @@ def test_rollouts_are_handed_on_as_they_finish(generator: VLLMGenerator) -> None
 
 
 # From here on engines are shut down, which breaks any other in the process: no test below uses `generator` after that.
+
+
+@pytest.mark.engine
+def test_more_prompt_tokens_than_a_step_takes_are_sampled_all_the_same(checkpoint: Path) -> None:
+    generator = VLLMGenerator(str(checkpoint), replace(CONFIG, max_num_seqs=96), device="cpu", seed=0)
+    try:
+        requests = [SampleRequest(make_prompt(number, 60), 0, number, 1.0, max_new_tokens=2) for number in range(96)]
+        budget = generator._engine.vllm_config.scheduler_config.max_num_batched_tokens
+        assert 60 * len(requests) > budget, "all would be taken in one step"
+        assert budget % 60, "no prompt would be cut in two"
+        assert len(list(generator.generate(requests))) == len(requests)
+    finally:
+        generator.shutdown()
 
 
 @pytest.mark.engine
