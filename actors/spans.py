@@ -9,9 +9,16 @@ from contextlib import contextmanager
 from itertools import count
 from typing import NamedTuple
 
+_BEGAN = time.time() - time.monotonic()  # so that spans of several nodes stand beside each other
+
+
+def now() -> float:
+    """Return the seconds since the epoch, by a clock that goes on evenly when that of the node is set."""
+    return _BEGAN + time.monotonic()
+
 
 class Span(NamedTuple):
-    """Something that took from `start` to `end`, in seconds since the epoch by the clock of its node."""
+    """Something that took from `start` to `end`, in seconds since the epoch as `now` has them."""
 
     name: str
     start: float
@@ -32,20 +39,20 @@ class SpanLog:
         """Record how long the block takes."""
         number = next(self._numbers)
         with self._lock:
-            self._open[number] = name, time.time()
+            self._open[number] = name, now()
         try:
             yield
         finally:
             with self._lock:
-                self._done.append(Span(*self._open.pop(number), time.time()))
+                self._done.append(Span(*self._open.pop(number), now()))
 
     def take(self) -> list[Span]:
         """Return what has been recorded since the last time, up to now."""
         with self._lock:
-            now = time.time()
-            spans = self._done + [Span(name, start, now) for name, start in self._open.values()]
+            cut = now()
+            spans = self._done + [Span(name, start, cut) for name, start in self._open.values()]
             self._done = []
-            self._open = {number: (name, now) for number, (name, _) in self._open.items()}
+            self._open = {number: (name, cut) for number, (name, _) in self._open.items()}
             return spans
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from actors.repetition import repeated_fraction
 from actors.rollout import Prompt, Rollout
-from actors.spans import Span
+from actors.spans import Span, now
 from conf.schema import AlgorithmConfig
 from learner.batching import deal
 from learner.kl_control import KLController
@@ -266,12 +266,12 @@ class Stopwatch:
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
-        start, begun = time.perf_counter(), time.time()
+        start, begun = time.perf_counter(), now()
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-            self.spans.append(Span(name.removesuffix("_s"), begun, time.time()))
+            self.spans.append(Span(name.removesuffix("_s"), begun, now()))
 
 
 def derived_seed(*parts: int) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -170,19 +170,6 @@ def test_rollouts_are_handed_on_as_they_finish(generator: VLLMGenerator) -> None
 
 
 @pytest.mark.engine
-def test_more_prompt_tokens_than_a_step_takes_are_sampled_all_the_same(checkpoint: Path) -> None:
-    generator = VLLMGenerator(str(checkpoint), replace(CONFIG, max_num_seqs=96), device="cpu", seed=0)
-    try:
-        requests = [SampleRequest(make_prompt(number, 60), 0, number, 1.0, max_new_tokens=2) for number in range(96)]
-        budget = generator._engine.vllm_config.scheduler_config.max_num_batched_tokens
-        assert 60 * len(requests) > budget, "all would be taken in one step"
-        assert budget % 60, "no prompt would be cut in two"
-        assert len(list(generator.generate(requests))) == len(requests)
-    finally:
-        generator.shutdown()
-
-
-@pytest.mark.engine
 def test_the_sampling_defaults_of_a_model_change_nothing(
     generator: VLLMGenerator, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -213,6 +200,19 @@ def test_every_stop_token_of_the_generation_config_ends_a_response(tmp_path: Pat
     for rollout in rollouts:
         assert not set(stops) & set(rollout.response_ids[:-1].tolist())
         assert (rollout.response_ids[-1] in stops) == (rollout.finish_reason == "stop")
+
+
+@pytest.mark.engine
+def test_more_prompt_tokens_than_a_step_takes_are_sampled_all_the_same(checkpoint: Path) -> None:
+    generator = VLLMGenerator(str(checkpoint), replace(CONFIG, max_num_seqs=96), device="cpu", seed=0)
+    try:
+        requests = [SampleRequest(make_prompt(number, 60), 0, number, 1.0, max_new_tokens=2) for number in range(96)]
+        budget = generator._engine.vllm_config.scheduler_config.max_num_batched_tokens
+        assert 60 * len(requests) > budget, "all would be taken in one step"
+        assert budget % 60, "no prompt would be cut in two"
+        assert len(list(generator.generate(requests))) == len(requests)
+    finally:
+        generator.shutdown()
 
 
 def test_a_model_without_an_eos_token_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_spans_that_lie_over_each_other_count_once() -> None:
 
 def test_what_goes_on_is_cut_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("time.time", lambda: now)
+    monkeypatch.setattr("actors.spans.now", lambda: now)
     log = SpanLog()
     with log.record("outer"):
         now = 1.0

@@ -337,7 +337,10 @@ def test_a_disk_that_takes_no_more_metrics_stops_the_run_and_keeps_what_there_is
     assert len(torn_line) < 100
 
 
-CLOCKS = {("launch.py", "datetime.now")}  # the name of a run's folder
+CLOCKS = {
+    ("launch.py", "datetime.now"),  # the name of a run's folder
+    ("actors/spans.py", "time.time"),  # once, where traces of several nodes begin
+}
 
 
 def test_deadlines_and_times_are_of_a_clock_that_nobody_sets() -> None:
