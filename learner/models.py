@@ -18,7 +18,7 @@ from conf.schema import ConfigError, ModelConfig
 from learner import zero
 from learner.distribution import SampledFrom, logprobs_and_entropy
 from learner.experience import Batch
-from learner.packing import flat_states, in_chunks, of_states, register
+from learner.packing import checked, flat_states, in_chunks, of_states, register
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # after the vocabulary projection
 
@@ -140,7 +140,7 @@ def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bo
 
     register()
     config = checked_causal(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code), path)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
         dtype=torch.float32,
@@ -148,6 +148,7 @@ def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bo
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )
+    return checked(model, path)
 
 
 def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code: bool = False) -> Any:
@@ -161,7 +162,7 @@ def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code:
     register()
     config = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code))
     config.num_labels = 1
-    return AutoModelForSequenceClassification.from_pretrained(
+    model = AutoModelForSequenceClassification.from_pretrained(
         path,
         config=config,
         dtype=torch.float32,
@@ -169,6 +170,7 @@ def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code:
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
     )
+    return checked(model, path)
 
 
 def new_value_head(model: Any, *, seed: int) -> nn.Linear:
@@ -192,7 +194,8 @@ def initial_causal_lm(folder: str, *, seed: int, attn_implementation: str) -> An
     register()
     torch.manual_seed(seed)
     config = checked_causal(AutoConfig.from_pretrained(folder), folder)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
+    return checked(model, folder)
 
 
 def export(model: Any, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:

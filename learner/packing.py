@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from torch import Tensor, nn
 
-from conf.schema import ModelConfig
+from conf.schema import ConfigError, ModelConfig
 
 Say = Callable[[Tensor, Tensor], Tensor]
 LOGIT_BYTES = 256 << 20  # of float32 logits that are held at once; there are a few tensors of that size
@@ -32,6 +32,20 @@ def register() -> None:
 
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, no_mask)
+
+
+def checked(model: Any, path: str) -> Any:
+    """Return a Hugging Face model, if it keeps packed sequences apart or is not asked to.
+
+    Raises:
+        ConfigError: its attention is code of its own, which never hears of `packed`, or it has a state that goes on
+            from one sequence to the next.
+    """
+    kept_apart = model._supports_attention_backend and not model._is_stateful
+    if model.config._attn_implementation == PACKED and not kept_apart:
+        remedy = f"{type(model).__name__} at {path} mixes sequences that stand in one row; set it to sdpa, or to eager"
+        raise ConfigError("model.attn_implementation", PACKED, remedy)
+    return model
 
 
 def flat_states(model: Any, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

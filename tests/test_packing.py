@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from conf.schema import ConfigError
 from learner import models
 from learner.batching import micro_batches
 from learner.distribution import SampledFrom, logprobs_and_entropy
@@ -110,6 +112,28 @@ def test_what_cannot_be_packed_is_said_and_not_computed_wrongly() -> None:
     ):
         with pytest.raises(NotImplementedError, match=rf"{why}.*set model\.attn_implementation=sdpa"):
             packed_attention(nn.Identity(), one, one, one, None, **named)
+
+
+def own_attention() -> dict[str, Any]:
+    """Architectures with attention of their own, or a state: seen to mix sequences without a word."""
+    from transformers import BloomConfig, CodeGenConfig, MambaConfig
+
+    return {
+        "bloom": BloomConfig(vocab_size=260, hidden_size=32, n_layer=2, n_head=4),
+        "codegen": CodeGenConfig(vocab_size=260, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64),
+        "mamba": MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2),
+    }
+
+
+@pytest.mark.parametrize("family", ["bloom", "codegen", "mamba"])
+def test_an_architecture_that_mixes_packed_sequences_is_refused(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(own_attention()[family]).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model\.attn_implementation='packed'.*mixes sequences.*set it to sdpa"):
+        models.load_causal_lm(str(tmp_path), attn_implementation=PACKED)
+    if family != "mamba":
+        models.load_causal_lm(str(tmp_path), attn_implementation="eager")
 
 
 # The head in chunks ---------------------------------------------------------------------------------------------------
