@@ -27,6 +27,10 @@ class SampledFrom:
         """Whether some tokens may have no probability."""
         return self.top_k > 0 or self.top_p < 1.0
 
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Return the logits over the temperature, in float32; at 1 they are not copied for it."""
+        return logits.float() if self.temperature == 1.0 else logits.float() / self.temperature
+
 
 def token_logprobs(logits: Tensor, token_ids: Tensor, sampled_from: SampledFrom) -> Tensor:
     """Return log p(token) under the distribution that is sampled from, in float32.
@@ -42,7 +46,7 @@ def token_logprobs(logits: Tensor, token_ids: Tensor, sampled_from: SampledFrom)
     Returns:
         [N] float32.
     """
-    scaled = logits.float() / sampled_from.temperature
+    scaled = sampled_from.scaled(logits)
     if sampled_from.truncated:
         keep = kept(scaled.detach(), top_k=sampled_from.top_k, top_p=sampled_from.top_p)
         scaled = scaled.masked_fill(~keep, -torch.inf)
@@ -61,7 +65,7 @@ def token_entropy(logits: Tensor, sampled_from: SampledFrom) -> Tensor:
 
     Differentiable; the kept set is a constant of the gradient. A token of probability zero adds nothing to either.
     """
-    scaled = logits.float() / sampled_from.temperature
+    scaled = sampled_from.scaled(logits)
     if not sampled_from.truncated:
         logprobs = torch.log_softmax(scaled, dim=-1)
         return -(logprobs.exp() * logprobs).sum(-1)

@@ -22,6 +22,8 @@ from conf.schema import LearnerConfig, OptimizerConfig
 from learner import lora
 from learner.ranks import Ranks
 
+CPU_ELEMENTS_AT_ONCE = 2**22
+
 
 def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:
     """Enter the process group of the learner ranks: gloo on CPU, NCCL on GPUs. A process can be in one only.
@@ -69,6 +71,9 @@ def deepspeed_config(
         "stage3_gather_16bit_weights_on_model_save": False,
         "memory_efficient_linear": False,  # a linear layer of its own, in Python, for models that are frozen in part
     }
+    if device == "cpu":
+        # Copies of gradients and the optimizer's of so many at a time: memory that is used again costs no page faults.
+        zero |= {"reduce_bucket_size": CPU_ELEMENTS_AT_ONCE, "sub_group_size": CPU_ELEMENTS_AT_ONCE}
     if num_ranks == 1:
         zero["stage3_param_persistence_threshold"] = 2**40  # there is nobody to share with: nothing is let go
     if optimizer is not None:
@@ -93,6 +98,7 @@ def deepspeed_config(
                 "weight_decay": optimizer.weight_decay,
                 # DeepSpeed's own kernels are compiled at first use; offloaded states need its CPU kernel all the same.
                 "torch_adam": learner.offload_optimizer == "none",
+                **({"fused": True} if learner.offload_optimizer == "none" else {}),
             },
         }
     return merged(config, learner.deepspeed)
