@@ -35,6 +35,7 @@ from cluster.rollouts import SampledRollouts
 from cluster.sampling import Part
 from cluster.shaping import ScoreShaping
 from conf.schema import AlgorithmConfig, ClusterConfig, GeneratorConfig, RewardConfig, ShapingConfig
+from learner.experience import RolloutEvaluation
 from learner.ranks import Ranks
 
 CHUNK = 16  # rollouts that go together, as by default
@@ -74,8 +75,23 @@ class Simulated(Process):
     def endpoint(self) -> tuple[str, int]:
         return "", 0
 
-    def update(self, places: Sequence[Sequence[Place]], kl: float, seed: int, step: int, *chunks: Any) -> Metrics:
-        return {"objective/kl": 0.0, "throughput/learner_flops": 0.0, "throughput/learner_flops_limit": 1.0}
+    def evaluate_rollouts(self, chunk: Sequence[Any]) -> list[Any]:
+        nothing = np.zeros(TOKENS, np.float32)
+        return [
+            RolloutEvaluation(0, nothing, nothing, nothing, (nothing, 0.0))
+            for payload in chunk
+            for _ in ray.get(payload)
+        ]
+
+    def update(
+        self, places: Sequence[Sequence[Place]], kl: float, seed: int, step: int, num_chunks: int, *given: Any
+    ) -> Metrics:
+        return {
+            "objective/kl": 0.0,
+            "timing/early_evaluation_s": 0.0,
+            "throughput/learner_flops": 0.0,
+            "throughput/learner_flops_limit": 1.0,
+        }
 
 
 class SharedProcesses(Placement):
@@ -144,6 +160,7 @@ def made_driver(num_generators: int, num_rollouts: int, served: dict[tuple[str, 
         EndlessPrompts(),
         generators,
         rewards,
+        evaluate=learners.evaluate,
         sampling=Sampling(num_samples=1, temperature=1.0, max_new_tokens=TOKENS, seed=0),
         prompts_per_step=num_rollouts,
     )

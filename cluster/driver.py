@@ -192,6 +192,10 @@ class Learners(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
+    def evaluate(self, chunk: Chunk) -> None:
+        """Have a chunk evaluated before the update that trains on it; returns at once."""
+        ...
+
     def update(
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
     ) -> Metrics:
@@ -389,8 +393,12 @@ def describe(handles: Sequence[ScoredHandle], *, prefix: str) -> Metrics:
 
 
 def utilisation(learned: Metrics, seconds: float) -> Metrics:
-    """Return the share of what the ranks' devices could compute in the time of an update that the update needs."""
+    """Return the share of what the ranks' devices could compute in the time of an update that the update needs.
+
+    `seconds` is without what the ranks have spent on evaluating rollouts before it.
+    """
     needed, limit = learned["throughput/learner_flops"], learned["throughput/learner_flops_limit"]
+    seconds += learned["timing/early_evaluation_s"]
     return {"throughput/learner_mfu": needed / (seconds * limit)}
 
 

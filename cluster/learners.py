@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from actors.rollout import Rollout, ScoredRollout
-from cluster.driver import Metrics, ScoredHandle, ShapedHandle
+from cluster.driver import Chunk, Metrics, ScoredHandle, ShapedHandle
 from cluster.faults import LearnersLostError, ProcessError, ProcessLostError, RolloutsLostError
 from cluster.members import LOOK_EVERY_S, Members, Patience
 from cluster.processes import WRITER, Placement, Process, answer, in_group, spanned
@@ -54,11 +55,34 @@ class RankProcess(Process):
         self.worker = make(setup, Ranks(rank, world_size, *endpoint))
 
     @spanned
+    def evaluate_rollouts(self, chunk: Sequence[Any]) -> list[Any]:
+        """Return what the networks say of each rollout of a chunk; none if it is lost, or there is none for this rank.
+
+        The chunk comes as the reference to it, if any: a call whose argument is lost is not made, and the other ranks
+        wait for this one in their collectives.
+        """
+        try:
+            rollouts = [rollout for payload in chunk for rollout in ray.get(payload)]
+        except ObjectLostError:  # whoever needs the chunk itself hears of it
+            rollouts = []
+        evaluated: list[Any] = self.worker.evaluate(rollouts)
+        return evaluated
+
+    @spanned
     def update(
-        self, places: Sequence[Sequence[Place]], kl_coef: float, seed: int, step: int, *chunks: Sequence[Rollout]
+        self, places: Sequence[Sequence[Place]], kl_coef: float, seed: int, step: int, num_chunks: int, *given: Any
     ) -> Metrics:
+        """Train on rollouts in their places among the chunks that are given, and then an evaluation of each or None."""
+        chunks, evaluations = given[:num_chunks], given[num_chunks:]
         metrics: Metrics = self.worker.update(
-            [scored_rollouts(members, chunks) for members in places], kl_coef=kl_coef, seed=seed, step=step
+            [scored_rollouts(members, chunks) for members in places],
+            [
+                [evaluations[at.chunk][at.row] if evaluations[at.chunk] else None for at in members]
+                for members in places
+            ],
+            kl_coef=kl_coef,
+            seed=seed,
+            step=step,
         )
         return metrics
 
@@ -263,20 +287,49 @@ class RankGroup:
 class LearnerGroup(RankGroup):
     """The ranks of the PPO learner."""
 
+    _coming: list[Chunk]  # to be evaluated as soon as there is one for every rank
+    _evaluations: dict[int, tuple[Chunk, Any]]  # by the chunk's identity; of the policy before the next update
+
+    def _start(self) -> list[Any]:
+        self._coming, self._evaluations = [], {}
+        return super()._start()
+
+    def evaluate(self, chunk: Chunk) -> None:
+        """Have a chunk evaluated by the networks before the update that trains on it; returns at once.
+
+        A chunk is evaluated whole, by one rank, so that no result depends on which chunk is finished first.
+        """
+        self._coming.append(chunk)
+        if len(self._coming) == self.num_ranks:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Let the ranks evaluate the chunks that have come, at most one each."""
+        coming, self._coming = self._coming, []
+        for rank, handle in enumerate(self.members.handles if coming else []):
+            evaluation = handle.evaluate_rollouts.remote([chunk.payload for chunk in coming[rank : rank + 1]])
+            if rank < len(coming):
+                self._evaluations[id(coming[rank])] = coming[rank], evaluation
+
     def update(
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
     ) -> Metrics:
+        self._evaluate()
+        evaluations, self._evaluations = self._evaluations, {}
         refs = []
         for handle, hand in zip(self.members.handles, hands, strict=True):
-            payloads, places = addressed(hand)
-            refs.append(handle.update.remote(places, kl_coef, seed, step, *payloads))
+            chunks, places = addressed(hand)
+            known = [evaluations[id(chunk)][1] if id(chunk) in evaluations else None for chunk in chunks]
+            payloads = [chunk.payload for chunk in chunks]
+            refs.append(handle.update.remote(places, kl_coef, seed, step, len(chunks), *payloads, *known))
         metrics: Metrics = self._settled(refs, what="learner update")[0]
         return metrics
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
         refs = []
         for handle, hand in zip(self.members.handles, hands, strict=True):
-            payloads, places = addressed([[ShapedHandle(one, one.score, 0.0) for one in hand]])
+            chunks, places = addressed([[ShapedHandle(one, one.score, 0.0) for one in hand]])
+            payloads = [chunk.payload for chunk in chunks]
             refs.append(handle.kl_to_reference.remote(places[0], temperature, *payloads))
         kl: float = self._settled(refs, what="learner evaluation")[0]
         return kl
@@ -313,9 +366,9 @@ class SupervisedGroup(RankGroup):
         return metrics
 
 
-def addressed(hand: Sequence[Sequence[ShapedHandle]]) -> tuple[list[Any], list[list[Place]]]:
+def addressed(hand: Sequence[Sequence[ShapedHandle]]) -> tuple[list[Chunk], list[list[Place]]]:
     """Return the chunks that the hand refers to, each once, and every rollout as its place among them."""
-    payloads: list[Any] = []
+    chunks: list[Chunk] = []
     numbers: dict[int, int] = {}
     places: list[list[Place]] = []
     for members in hand:
@@ -323,7 +376,7 @@ def addressed(hand: Sequence[Sequence[ShapedHandle]]) -> tuple[list[Any], list[l
         for shaped in members:
             chunk = shaped.handle.chunk
             if id(chunk) not in numbers:
-                numbers[id(chunk)] = len(payloads)
-                payloads.append(chunk.payload)
+                numbers[id(chunk)] = len(chunks)
+                chunks.append(chunk)
             places[-1].append(Place(numbers[id(chunk)], shaped.handle.row, shaped.score, shaped.baseline))
-    return payloads, places
+    return chunks, places

@@ -21,7 +21,15 @@ from cluster.learners import LearnerGroup
 from cluster.monitors import alarm_lines, alarms
 from cluster.partners import Partners
 from cluster.report import before_and_after
-from cluster.rollouts import AheadRollouts, Prompts, SampledAgain, SampledRollouts, VariedGroups, WithGreedyBaselines
+from cluster.rollouts import (
+    AheadRollouts,
+    Prompts,
+    SampledAgain,
+    SampledRollouts,
+    VariedGroups,
+    WithGreedyBaselines,
+    unheard,
+)
 from cluster.run import Handover, Run, load_tokenizer
 from cluster.shaping import ScoreShaping
 from cluster.tracing import DRIVER, clipped, idle_shares, write_trace
@@ -217,6 +225,8 @@ def rollouts_of(config: Config, prompts: Prompts, partners: Partners) -> Rollout
         prompts,
         partners.generators,
         partners.rewards,
+        # Of groups that may be left out none is evaluated in vain: the update does it.
+        evaluate=unheard if algorithm.filter_groups else partners.learners.evaluate,
         sampling=Sampling(
             num_samples=algorithm.samples_per_prompt,
             temperature=config.generator.temperature,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -48,9 +48,17 @@ class SampledRollouts:
     """As many prompts as an iteration takes, sampled and scored once."""
 
     def __init__(
-        self, prompts: Prompts, generators: Generators, rewards: Rewards, *, sampling: Sampling, prompts_per_step: int
+        self,
+        prompts: Prompts,
+        generators: Generators,
+        rewards: Rewards,
+        *,
+        evaluate: Callable[[Chunk], None],
+        sampling: Sampling,
+        prompts_per_step: int,
     ) -> None:
-        self.prompts, self.generators, self.rewards = prompts, generators, rewards
+        """`evaluate` is told of each chunk that may be trained on, as it comes."""
+        self.prompts, self.generators, self.rewards, self.evaluate = prompts, generators, rewards, evaluate
         self.sampling, self.prompts_per_step = sampling, prompts_per_step
 
     def next_batch(self, step: int, watch: Stopwatch) -> TrainBatch:
@@ -66,12 +74,20 @@ class SampledRollouts:
 
     def draw(self, num_prompts: int, watch: Stopwatch) -> TrainBatch:
         """Return the rollouts of the next `num_prompts` prompts; there may be none if all were dropped."""
-        return self.sample(self.prompts.next_batch(num_prompts), self.sampling, watch)
+        return self._scored(self.prompts.next_batch(num_prompts), self.sampling, watch, self.evaluate)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, watch: Stopwatch) -> TrainBatch:
-        """Return the rollouts of these prompts; there may be none if all were dropped."""
-        chunks = self.generators.sample(prompts, sampling)
-        scoring = self.rewards.score(timed(chunks, watch, "wait_for_generators_s"))
+        """Return rollouts of these prompts that are not trained on; there may be none if all were dropped."""
+        return self._scored(prompts, sampling, watch, unheard)
+
+    def _scored(
+        self, prompts: Sequence[Prompt], sampling: Sampling, watch: Stopwatch, evaluate: Callable[[Chunk], None]
+    ) -> TrainBatch:
+        scores = self.rewards.open()
+        for chunk in timed(self.generators.sample(prompts, sampling), watch, "wait_for_generators_s"):
+            scores.add(chunk)
+            evaluate(chunk)
+        scoring = scores.result()
         return TrainBatch(scoring.handles, tuple(prompts), counted(scoring))
 
 
@@ -83,6 +99,7 @@ class Flight:
     before: dict[str, int]  # where in the prompts it begins
     order: Order
     scores: Scores
+    chunks: deque[Chunk]  # that have come and are not yet evaluated
 
 
 class AheadRollouts:
@@ -90,7 +107,8 @@ class AheadRollouts:
 
     While the learner trains on batch s, batches s + 1 to s + `max_staleness` are being sampled. Batch b begins when the
     weights are those of version b - max_staleness or newer, and is trained on as version b is, so no token of it is
-    older than `max_staleness` versions; the driver checks each. The learner takes batches in their order.
+    older than `max_staleness` versions; the driver checks each. The learner takes batches in their order, and evaluates
+    what there is of the next one as soon as it has trained on the one before.
     """
 
     def __init__(self, sampled: SampledRollouts, *, max_staleness: int, num_steps: int) -> None:
@@ -104,8 +122,11 @@ class AheadRollouts:
             self._flights.append(self._begun())
         flight = self._flights[0]
         with watch.time("wait_for_generators_s"):
-            while not flight.order.done:
-                self.sampled.generators.attend()
+            while flight.chunks or not flight.order.done:
+                if flight.chunks:
+                    self.sampled.evaluate(flight.chunks.popleft())
+                else:
+                    self.sampled.generators.attend()
         scoring = flight.scores.result()
         self._flights.popleft()
         handles = some(scoring.handles, of=f"{self.sampled.prompts_per_step} prompts")
@@ -122,9 +143,14 @@ class AheadRollouts:
     def _begun(self) -> Flight:
         sampled, before = self.sampled, self.sampled.state()
         prompts = tuple(sampled.prompts.next_batch(sampled.prompts_per_step))
-        scores = sampled.rewards.open()
-        order = sampled.generators.order(prompts, sampled.sampling, scores.add, urgent=False)
-        return Flight(prompts, before, order, scores)
+        scores, chunks = sampled.rewards.open(), deque[Chunk]()
+
+        def deliver(chunk: Chunk) -> None:
+            scores.add(chunk)
+            chunks.append(chunk)
+
+        order = sampled.generators.order(prompts, sampled.sampling, deliver, urgent=False)
+        return Flight(prompts, before, order, scores, chunks)
 
 
 class SampledAgain:
@@ -255,6 +281,10 @@ def some(handles: tuple[ScoredHandle, ...], *, of: str) -> tuple[ScoredHandle, .
             "the sources, or set reward.on_failure=stop to learn why they fail"
         )
     return handles
+
+
+def unheard(chunk: Chunk) -> None:
+    """Take no note of a chunk."""
 
 
 def timed(chunks: Iterator[Chunk], watch: Stopwatch, name: str) -> Iterator[Chunk]:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.rollout import ScoredRollout
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +104,66 @@ class Evaluation:
     ref_logprobs: Tensor  # [B, T] float32
     entropy: Tensor  # [B, T] float32
     values: Values | None  # None: there is no critic
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutEvaluation:
+    """What the networks say of one rollout before the update: its row of an `Evaluation`, as it travels."""
+
+    after_updates: int  # how many updates the policy had had in its process
+    old_logprobs: Floats  # [T], of its own response tokens, like the others
+    ref_logprobs: Floats  # [T]
+    entropy: Floats  # [T]
+    values: tuple[Floats, float] | None  # [T] and of the state after the last token; None: there is no critic
+
+
+def apart(batch: Batch, seen: Evaluation, *, after_updates: int) -> list[RolloutEvaluation]:
+    """Return the rows of an evaluation of `batch`, without padding, on the CPU."""
+    counts = (batch.final_index - batch.state_index[:, 0]).tolist()  # tokens from the first response token to the last
+    logprobs, ref_logprobs, entropy = (
+        tensor.cpu().numpy() for tensor in (seen.old_logprobs, seen.ref_logprobs, seen.entropy)
+    )
+    values = None if seen.values is None else (seen.values.tokens.cpu().numpy(), seen.values.final.tolist())
+    return [
+        RolloutEvaluation(
+            after_updates,
+            logprobs[row, :count].copy(),
+            ref_logprobs[row, :count].copy(),
+            entropy[row, :count].copy(),
+            None if values is None else (values[0][row, :count].copy(), values[1][row]),
+        )
+        for row, count in enumerate(counts)
+    ]
+
+
+def together(batch: Batch, rows: Sequence[RolloutEvaluation]) -> Evaluation:
+    """Return what was said of each rollout of `batch` as one evaluation, on its device.
+
+    Raises:
+        ValueError: a row is not as long as the rollout in its place.
+    """
+    device, shape = batch.mask.device, tuple(batch.mask.shape)
+    counts = (batch.final_index - batch.state_index[:, 0]).tolist()
+
+    def padded(of_rows: Sequence[Floats]) -> Tensor:
+        if [len(row) for row in of_rows] != counts:
+            raise ValueError(f"evaluations of {[len(row) for row in of_rows]} tokens for responses of {counts}")
+        result = np.zeros(shape, np.float32)
+        for row, of_row in enumerate(of_rows):
+            result[row, : len(of_row)] = of_row
+        return torch.from_numpy(result).to(device)
+
+    of_critic = [row.values for row in rows if row.values is not None]
+    values = None
+    if of_critic:
+        final = torch.tensor([last for _, last in of_critic], dtype=torch.float32, device=device)
+        values = Values(padded([tokens for tokens, _ in of_critic]), final)
+    return Evaluation(
+        padded([row.old_logprobs for row in rows]),
+        padded([row.ref_logprobs for row in rows]),
+        padded([row.entropy for row in rows]),
+        values,
+    )
 
 
 def sampled_by_both(batch: Batch, old_logprobs: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ not depend on how many there are.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,14 @@ from typing import Any
 
 import torch
 
-from actors.rollout import ScoredRollout
+from actors.rollout import Rollout, ScoredRollout
 from actors.weights import Manifest
 from learner import checkpoint, lora, models, zero
 from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
 from learner.describe import describe
 from learner.divergence import mean_kl
-from learner.experience import Batch, Evaluation, blank_batch, collate
+from learner.experience import Batch, Evaluation, RolloutEvaluation, apart, blank_batch, collate, together
 from learner.flops import matrix_rate
 from learner.networks import LearnerSetup, make_networks, passes_flops
 from learner.packing import is_padded
@@ -45,32 +46,64 @@ class LearnerWorker:
         self.policy = self.networks.policy
         self.prepare = Preparation(setup.algorithm, whiten_rewards=setup.shaping.whiten_rewards)
         self.training = Training(setup, self.networks)
+        self.num_updates = 0  # in this process
+        self.early_s = 0.0  # spent on evaluations since the last update
 
     # --- one iteration ---------------------------------------------------------------------------------------------
 
+    def evaluate(self, rollouts: Sequence[Rollout]) -> list[RolloutEvaluation]:
+        """Return what the networks say of this rank's rollouts, while others are still sampled. A collective.
+
+        It holds until the next update. A rank may have none.
+        """
+        start = time.perf_counter()
+        batches, order = [], []
+        for part in self._parts(rollouts):
+            batches.append(collate([ScoredRollout(rollouts[i], 0.0) for i in part]).to(self.device))
+            order += part
+        seen = zip(batches, self._evaluate(batches), strict=True)
+        rows = [row for of_batch in seen for row in apart(*of_batch, after_updates=self.num_updates)]
+        self.early_s += time.perf_counter() - start
+        return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
+
     def update(
-        self, mini_batches: Sequence[Sequence[ScoredRollout]], *, kl_coef: float, seed: int, step: int
+        self,
+        mini_batches: Sequence[Sequence[ScoredRollout]],
+        evaluated: Sequence[Sequence[RolloutEvaluation | None]] | None = None,
+        *,
+        kl_coef: float,
+        seed: int,
+        step: int,
     ) -> dict[str, float]:
         """Train on this rank's part of one train batch and return the metrics of the whole, the same on every rank.
 
         Args:
             mini_batches: this rank's rollouts of each mini-batch; every rank has the same number of mini-batches.
+            evaluated: what `evaluate` has said of each of them, on whichever rank; None where it has not been asked.
             kl_coef: coefficient of the KL penalty in the token rewards.
             seed: of the order of the mini-batches in epochs after the first; the same on every rank.
             step: iterations before this one; the policy is left alone in the first `critic_warmup_steps`.
 
         Raises:
             FloatingPointError: too many steps in a row had a loss or a gradient that is not finite.
+            RuntimeError: an evaluation is of the policy before another update.
         """
         algorithm = self.setup.algorithm
-        cut = [self._cut(rollouts) for rollouts in mini_batches]
+        parts = [self._parts([scored.rollout for scored in rollouts]) for rollouts in mini_batches]
+        cut = [
+            [collate([rollouts[i] for i in part]).to(self.device) for part in of_mini_batch]
+            for rollouts, of_mini_batch in zip(mini_batches, parts, strict=True)
+        ]
         batches = [batch for of_mini_batch in cut for batch in of_mini_batch]
-        experience = self.prepare(batches, self._evaluate(batches), kl_coef=kl_coef)
+        known = evaluated if evaluated is not None else [[None] * len(rollouts) for rollouts in mini_batches]
+        rows = [[of[i] for i in part] for of, cuts in zip(known, parts, strict=True) for part in cuts]
+        experience = self.prepare(batches, self._evaluations(batches, rows), kl_coef=kl_coef)
         metrics = describe(experience, kl_coef=kl_coef, cap=algorithm.correction_cap)
         metrics |= self._work(batches, train_policy=step >= algorithm.critic_warmup_steps)
         if algorithm.whitens:
             experience = whitened(experience)
         items = iter(experience)
+        self.num_updates += 1
         return metrics | self.training.run(
             [[next(items) for _ in of_mini_batch] for of_mini_batch in cut],
             seed=seed,
@@ -91,12 +124,12 @@ class LearnerWorker:
             padded=is_padded(self.setup.model),
         )
 
-    def _cut(self, rollouts: Sequence[ScoredRollout]) -> list[Batch]:
-        lengths = [scored.rollout.num_tokens for scored in rollouts]
-        cut = micro_batches(
+    def _parts(self, rollouts: Sequence[Rollout]) -> list[list[int]]:
+        """Return which of the rollouts stand in each micro-batch."""
+        lengths = [rollout.num_tokens for rollout in rollouts]
+        return micro_batches(
             lengths, max_tokens=self.setup.learner.micro_batch_tokens, padded=is_padded(self.setup.model)
         )
-        return [collate([rollouts[i] for i in part]).to(self.device) for part in cut]
 
     def _work(self, batches: Sequence[Batch], *, train_policy: bool) -> dict[str, float]:
         """Return the share of computed positions that are padding, and what this update costs. A collective."""
@@ -113,12 +146,34 @@ class LearnerWorker:
         )
         if self.rate is None:
             self.rate = matrix_rate(self.device, getattr(torch, self.setup.learner.dtype))
-        total = summed_stats({"tokens": tokens, "positions": positions, "flops": flops, "rate": self.rate})
+        early_s, self.early_s = self.early_s / self.ranks.world_size, 0.0
+        total = summed_stats(
+            {"tokens": tokens, "positions": positions, "flops": flops, "rate": self.rate, "early_s": early_s}
+        )
         return {
+            "timing/early_evaluation_s": total["early_s"],
             "throughput/padding_share": 1 - total["tokens"] / total["positions"],
             "throughput/learner_flops": total["flops"],
             "throughput/learner_flops_limit": total["rate"],
         }
+
+    def _evaluations(
+        self, batches: Sequence[Batch], rows: Sequence[Sequence[RolloutEvaluation | None]]
+    ) -> list[Evaluation]:
+        """Return what the networks say of the micro-batches, asking them where a row is not known. A collective."""
+        known = [[row for row in of_batch if row is not None] for of_batch in rows]
+        stale = {row.after_updates for of_batch in known for row in of_batch} - {self.num_updates}
+        if stale:
+            raise RuntimeError(
+                f"evaluations after {sorted(stale)} updates are to be trained on after {self.num_updates}: the order "
+                "of evaluations and updates is broken"
+            )
+        whole = [len(of_batch) == len(batch.mask) for of_batch, batch in zip(known, batches, strict=True)]
+        asked = iter(self._evaluate([batch for batch, is_whole in zip(batches, whole, strict=True) if not is_whole]))
+        return [
+            together(batch, of_batch) if is_whole else next(asked)
+            for batch, of_batch, is_whole in zip(batches, known, whole, strict=True)
+        ]
 
     @torch.no_grad()
     def _evaluate(self, batches: Sequence[Batch]) -> list[Evaluation]:

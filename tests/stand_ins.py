@@ -109,6 +109,8 @@ class StandIns:
     sampled: list[list[int]] = field(default_factory=list)  # the prompt ids of each call
     samplings: list[Sampling] = field(default_factory=list)
     updates: list[list[list[list[ShapedHandle]]]] = field(default_factory=list)
+    evaluated: list[list[tuple[int, int]]] = field(default_factory=list)  # prompts and samples of each chunk
+    evaluated_by: list[int] = field(default_factory=list)  # the version that the learner had then
     kl_coefs: list[float] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -184,6 +186,10 @@ class StandIns:
 
     # --- learners and sync
 
+    def evaluate(self, chunk: Chunk) -> None:
+        self.evaluated.append(sorted((info.prompt_id, info.sample) for info in chunk.infos))
+        self.evaluated_by.append(self.version)
+
     def update(
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
     ) -> Metrics:
@@ -192,7 +198,12 @@ class StandIns:
         self.kl_coefs.append(kl_coef)
         self.seeds.append(seed)
         self.steps.append(step)
-        return {"objective/kl": self.kl, "throughput/learner_flops": 6.0, "throughput/learner_flops_limit": 3.0}
+        return {
+            "objective/kl": self.kl,
+            "timing/early_evaluation_s": 0.0,
+            "throughput/learner_flops": 6.0,
+            "throughput/learner_flops_limit": 3.0,
+        }
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
         self.asked.append(f"kl at {temperature}")

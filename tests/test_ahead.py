@@ -20,7 +20,9 @@ SAMPLING = Sampling(num_samples=2, temperature=0.7, max_new_tokens=5, seed=3)
 
 
 def made(partners: StandIns, *, max_staleness: int, num_steps: int = 4) -> PPODriver:
-    sampled = SampledRollouts(NumberedPrompts(), partners, partners, sampling=SAMPLING, prompts_per_step=4)
+    sampled = SampledRollouts(
+        NumberedPrompts(), partners, partners, evaluate=partners.evaluate, sampling=SAMPLING, prompts_per_step=4
+    )
     return PPODriver(
         algorithm=replace(ALGORITHM, max_staleness=max_staleness, num_steps=num_steps),
         rollouts=AheadRollouts(sampled, max_staleness=max_staleness, num_steps=num_steps),
@@ -73,6 +75,11 @@ def test_whatever_finishes_first_no_token_is_older_than_allowed(max_staleness: i
     driver.start()
     iterations = [driver.iterate() for _ in range(8)]
     assert trained(partners) == [list(range(4 * step, 4 * step + 4)) for step in range(8)]
+    evaluated = [[key for part in partners.evaluated[4 * s : 4 * s + 4] for key in part] for s in range(8)]
+    assert [sorted(of_step) for of_step in evaluated] == [
+        [(prompt, sample) for prompt in range(4 * step, 4 * step + 4) for sample in range(2)] for step in range(8)
+    ]
+    assert partners.evaluated_by == [step for step in range(8) for _ in range(4)], "by the policy that is then trained"
     oldest = [iteration.metrics["rollout/staleness_max"] for iteration in iterations]
     assert max(oldest) <= max_staleness
     assert all(

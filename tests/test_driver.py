@@ -45,7 +45,9 @@ def make_driver(
     shaping: ShapingConfig | None = None,
     **changes: object,
 ) -> PPODriver:
-    sampled = SampledRollouts(NumberedPrompts(), partners, partners, sampling=SAMPLING, prompts_per_step=4)
+    sampled = SampledRollouts(
+        NumberedPrompts(), partners, partners, evaluate=partners.evaluate, sampling=SAMPLING, prompts_per_step=4
+    )
     return PPODriver(
         algorithm=replace(ALGORITHM, **changes),  # type: ignore[arg-type]
         rollouts=rollouts(sampled),
@@ -148,9 +150,9 @@ def test_a_rollout_reaches_the_learner_with_its_own_score_and_baseline(seed: int
     mean, std = np.mean(drawn), np.std(drawn, ddof=1)
     arrived = []
     for hand in partners.updates[0]:
-        payloads, places = addressed(hand)
+        chunks, places = addressed(hand)
         for of_mini_batch in places:
-            for item in scored_rollouts(of_mini_batch, [part for part, _ in payloads]):
+            for item in scored_rollouts(of_mini_batch, [rollouts_of(chunk) for chunk in chunks]):
                 number, sample = item.rollout.key
                 assert item.score == pytest.approx((10 * number + sample - mean) / std)
                 assert item.baseline == pytest.approx((1000 + number - mean) / std)
@@ -319,7 +321,7 @@ def test_rollouts_that_are_lost_are_sampled_again_from_the_same_prompts() -> Non
             return batch
 
     partners, prompts = StandIns(), NumberedPrompts()
-    sampled = Losing(prompts, partners, partners, sampling=SAMPLING, prompts_per_step=4)
+    sampled = Losing(prompts, partners, partners, evaluate=partners.evaluate, sampling=SAMPLING, prompts_per_step=4)
     recoveries = Recoveries(limit=1, note=lambda text: None)
     again = SampledAgain(sampled, recoveries)
     assert [of.id for of in again.next_batch(0, Stopwatch()).prompts] == [0, 1, 2, 3]

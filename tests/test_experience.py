@@ -15,7 +15,7 @@ from actors.rollout import Prompt, Rollout, ScoredRollout
 from learner.advantages import gae, mean_and_std, moments, whiten
 from learner.batching import deal, micro_batches
 from learner.distribution import SampledFrom, token_logprobs
-from learner.experience import Batch, blank_batch, collate, sampled_by_both
+from learner.experience import Batch, Evaluation, Values, apart, blank_batch, collate, sampled_by_both, together
 from learner.policy_losses import clipped_loss
 from learner.ppo import kl_penalty, token_rewards
 
@@ -43,6 +43,47 @@ def scored(
         text="",
     )
     return ScoredRollout(rollout, score)
+
+
+# Evaluations that travel
+
+
+def said_of(batch: Batch, *, critic: bool) -> Evaluation:
+    """Numbers that differ everywhere, zero where there is no token."""
+    torch.manual_seed(0)
+    there = torch.arange(batch.mask.shape[1]) < (batch.final_index - batch.state_index[:, 0]).unsqueeze(-1)
+    logprobs, ref_logprobs, entropy, values = (
+        torch.where(there, torch.randn(there.shape), torch.zeros(())) for _ in range(4)
+    )
+    logprobs[0, 0] = -math.inf
+    return Evaluation(logprobs, ref_logprobs, entropy, Values(values, torch.randn(len(there))) if critic else None)
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_rows_of_an_evaluation_come_together_in_another_batch(critic: bool) -> None:
+    rollouts = [
+        scored([1, 2], [3, 4, 5], mask=[True, False, True]),
+        scored([1], [3]),
+        scored([1, 2, 3], [4, 5, 6, 7, 8]),
+        scored([9], [4, 5]),
+    ]
+    batch = collate(rollouts)
+    seen = said_of(batch, critic=critic)
+    rows = apart(batch, seen, after_updates=7)
+    assert [(row.after_updates, len(row.old_logprobs)) for row in rows] == [(7, 3), (7, 1), (7, 5), (7, 2)]
+    order = [3, 0]
+    other = collate([rollouts[i] for i in order])
+    again = together(other, [rows[i] for i in order])
+    for name in ("old_logprobs", "ref_logprobs", "entropy"):
+        assert torch.equal(getattr(again, name), getattr(seen, name)[order, :3]), name
+    if seen.values is None:
+        assert again.values is None
+    else:
+        assert again.values is not None
+        assert torch.equal(again.values.tokens, seen.values.tokens[order, :3])
+        assert torch.equal(again.values.final, seen.values.final[order])
+    with pytest.raises(ValueError, match=r"evaluations of \[3, 2\] tokens for responses of \[2, 3\]"):
+        together(other, [rows[0], rows[3]])
 
 
 # Dealing to ranks

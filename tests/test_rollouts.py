@@ -15,7 +15,9 @@ SAMPLING = Sampling(num_samples=3, temperature=0.7, max_new_tokens=5, seed=3)
 
 def sampled(script: Script, **settings: int) -> tuple[SampledRollouts, StandIns]:
     partners = StandIns(script, **settings)  # type: ignore[arg-type]
-    return SampledRollouts(NumberedPrompts(), partners, partners, sampling=SAMPLING, prompts_per_step=4), partners
+    return SampledRollouts(
+        NumberedPrompts(), partners, partners, evaluate=partners.evaluate, sampling=SAMPLING, prompts_per_step=4
+    ), partners
 
 
 def varied_where(is_varied: Callable[[int], bool]) -> Script:
@@ -53,6 +55,12 @@ def test_a_rollout_without_a_score_is_left_out_and_counted() -> None:
     assert keys(batch) == [key for key in whole(0, 1, 2, 3) if key[0] != key[1]]
     assert all(handle.score == 1.0 for handle in batch.handles)
     assert batch.metrics == {"rollout/num_dropped": 3.0, "reward/num_retries": 5.0}
+
+
+def test_each_chunk_is_evaluated_once_as_it_comes_and_a_greedy_one_never() -> None:
+    rollouts, partners = sampled(lambda number, sample, _: 1.0, chunk_size=3)
+    WithGreedyBaselines(rollouts).next_batch(0, Stopwatch())
+    assert partners.evaluated == [whole(number) for number in (3, 2, 1, 0)]  # the order in which they are finished
 
 
 def test_a_batch_of_which_nothing_is_left_is_an_error_that_says_what_to_do() -> None:
