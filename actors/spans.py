@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import NamedTuple
@@ -45,6 +45,11 @@ class SpanLog:
         finally:
             with self._lock:
                 self._done.append(Span(*self._open.pop(number), now()))
+
+    def add(self, spans: Iterable[Span]) -> None:
+        """Record what has been done, and was timed elsewhere."""
+        with self._lock:
+            self._done += spans
 
     def take(self) -> list[Span]:
         """Return what has been recorded since the last time, up to now."""

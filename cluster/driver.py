@@ -192,6 +192,10 @@ class Learners(Protocol):
     @property
     def num_ranks(self) -> int: ...
 
+    def costs(self, infos: Sequence[RolloutInfo]) -> list[float]:
+        """Return what evaluating each rollout and training on it takes of a rank, in any unit."""
+        ...
+
     def evaluate(self, chunk: Chunk) -> None:
         """Have a chunk evaluated before the update that trains on it; returns at once."""
         ...
@@ -325,7 +329,7 @@ class PPODriver:
                 seed = derived_seed(self.seed, self.step)
                 hands = dealt(
                     shaped,
-                    [item.handle.info.num_tokens for item in shaped],
+                    self.learners.costs([item.handle.info for item in shaped]),
                     mini_batch_size=self.algorithm.mini_batch_size,
                     num_ranks=self.learners.num_ranks,
                     seed=seed,
@@ -364,10 +368,10 @@ def staleness(handles: Sequence[ScoredHandle], step: int, *, limit: int) -> Metr
 
 
 def dealt(
-    items: Sequence[Item], lengths: Sequence[int], *, mini_batch_size: int, num_ranks: int, seed: int
+    items: Sequence[Item], costs: Sequence[float], *, mini_batch_size: int, num_ranks: int, seed: int
 ) -> list[list[list[Item]]]:
-    """Return the items as [rank][mini_batch][...], balanced by their lengths in tokens."""
-    hands = deal(lengths, mini_batch_size=mini_batch_size, num_ranks=num_ranks, seed=seed)
+    """Return the items as [rank][mini_batch][...], balanced by their costs."""
+    hands = deal(costs, mini_batch_size=mini_batch_size, num_ranks=num_ranks, seed=seed)
     return [[[items[i] for i in members] for members in hand] for hand in hands]
 
 

@@ -11,13 +11,14 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.rollout import Rollout, ScoredRollout
-from cluster.driver import Chunk, Metrics, ScoredHandle, ShapedHandle
+from cluster.driver import Chunk, Metrics, RolloutInfo, ScoredHandle, ShapedHandle
 from cluster.faults import LearnersLostError, ProcessError, ProcessLostError, RolloutsLostError
 from cluster.members import LOOK_EVERY_S, Members, Patience
 from cluster.processes import WRITER, Placement, Process, answer, in_group, spanned
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig, ConfigError
+from learner.costs import Costs, passes_flops
 from learner.ranks import Ranks
 
 Item = TypeVar("Item")
@@ -54,6 +55,10 @@ class RankProcess(Process):
     ) -> None:
         self.worker = make(setup, Ranks(rank, world_size, *endpoint))
 
+    def costs(self) -> Any:
+        """Return what a pass of each network costs (learner.networks.Costs)."""
+        return self.worker.networks.costs
+
     @spanned
     def evaluate_rollouts(self, chunk: Sequence[Any]) -> list[Any]:
         """Return what the networks say of each rollout of a chunk; none if it is lost, or there is none for this rank.
@@ -84,6 +89,7 @@ class RankProcess(Process):
             seed=seed,
             step=step,
         )
+        self.spans.add(self.worker.phases.spans)
         return metrics
 
     @spanned
@@ -290,9 +296,21 @@ class LearnerGroup(RankGroup):
     _coming: list[Chunk]  # to be evaluated as soon as there is one for every rank
     _evaluations: dict[int, tuple[Chunk, Any]]  # by the chunk's identity; of the policy before the next update
 
+    _costs: Costs | None  # of the networks' passes; None until it has been asked for
+
     def _start(self) -> list[Any]:
-        self._coming, self._evaluations = [], {}
+        self._coming, self._evaluations, self._costs = [], {}, None
         return super()._start()
+
+    def costs(self, infos: Sequence[RolloutInfo]) -> list[float]:
+        """Return the operations of evaluating each rollout and training on it."""
+        if self._costs is None:
+            self._costs = self._settled([self.members.handles[0].costs.remote()], what="asking for costs")[0]
+        epochs = self.setup.algorithm.ppo_epochs
+        return [
+            passes_flops(self._costs, [info.num_tokens], info.num_response_tokens, epochs=epochs, train_policy=True)
+            for info in infos
+        ]
 
     def evaluate(self, chunk: Chunk) -> None:
         """Have a chunk evaluated by the networks before the update that trains on it; returns at once.

@@ -10,33 +10,33 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def deal(lengths: Sequence[int], *, mini_batch_size: int, num_ranks: int, seed: int) -> list[list[list[int]]]:
+def deal(costs: Sequence[float], *, mini_batch_size: int, num_ranks: int, seed: int) -> list[list[list[int]]]:
     """Return, for each rank and mini-batch, the indices of the rollouts that it trains on.
 
-    The rollouts are shuffled by the seed and cut into mini-batches; each mini-batch is dealt to the ranks, longest
-    first to the rank with the fewest tokens so far (ties to the fewer rollouts, then the lower rank). A train batch
+    The rollouts are shuffled by the seed and cut into mini-batches; each mini-batch is dealt to the ranks, dearest
+    first to the rank with the least to do so far (ties to the fewer rollouts, then the lower rank). A train batch
     that lost rollouts on its way is cut into mini-batches as equal as can be.
 
     Args:
-        lengths: tokens of each rollout.
+        costs: what each rollout takes of a rank, in any unit.
         mini_batch_size: rollouts of one optimizer step over all ranks.
         num_ranks: the world size of the learner group.
         seed: of the shuffle.
 
     Returns:
-        result[rank][mini_batch] is a list of indices into `lengths`; a rank may have none.
+        result[rank][mini_batch] is a list of indices into `costs`; a rank may have none.
     """
-    assert lengths, "a train batch has at least one rollout"
-    order = np.random.default_rng(seed).permutation(len(lengths))
+    assert costs, "a train batch has at least one rollout"
+    order = np.random.default_rng(seed).permutation(len(costs))
     dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
-    for part in np.array_split(order, -(-len(lengths) // mini_batch_size)):
+    for part in np.array_split(order, -(-len(costs) // mini_batch_size)):
         members: list[int] = part.tolist()
         hands: list[list[int]] = [[] for _ in range(num_ranks)]
-        loads = [0] * num_ranks
-        for index in sorted(members, key=lambda i: (-lengths[i], i)):
+        loads = [0.0] * num_ranks
+        for index in sorted(members, key=lambda i: (-costs[i], i)):
             rank = min(range(num_ranks), key=lambda r: (loads[r], len(hands[r]), r))
             hands[rank].append(index)
-            loads[rank] += lengths[index]
+            loads[rank] += costs[index]
         for rank, hand in enumerate(hands):
             dealt[rank].append(hand)
     return dealt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +10,11 @@ from torch import Tensor
 from actors.rollout import IntArray
 from conf.schema import AlgorithmConfig, GeneratorConfig, LearnerConfig, ModelConfig, ShapingConfig
 from learner import lora, models, zero
+from learner.costs import Costs, PassCost
 from learner.critics import Critic, SeparateCritic, SharedCritic
 from learner.distribution import SampledFrom
 from learner.ema import PolicyEMA
 from learner.experience import Batch
-from learner.flops import PassCost
 
 
 @dataclass(frozen=True)
@@ -66,27 +65,6 @@ class PolicyWithoutAdapters:
     def __call__(self, batch: Batch, *, temperature: float) -> Tensor:
         with lora.switched_off(self.policy.module.model):
             return models.PolicyOutput.of(self.policy(batch, sampled_from=SampledFrom(temperature))).logprobs
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a pass of each network costs; the reference's is the policy's."""
-
-    policy: PassCost
-    critic: PassCost | None  # None: there is none, or it is a head on the policy
-
-
-def passes_flops(costs: Costs, lengths: Sequence[int], num_states: int, *, epochs: int, train_policy: bool) -> float:
-    """Return the floating-point operations of an update on sequences of these lengths.
-
-    Policy, reference and critic are run once without gradient, then policy and critic are trained `epochs` times.
-    """
-    total = 2 * costs.policy.forward(lengths, num_states)
-    if train_policy:
-        total += epochs * costs.policy.training(lengths, num_states)
-    if costs.critic is not None:
-        total += costs.critic.forward(lengths, num_states) + epochs * costs.critic.training(lengths, num_states)
-    return total
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from learner.models import PolicyOutput
 from learner.networks import LearnerSetup, Networks
 from learner.objective import Counts, PolicyObjective
 from learner.packing import is_padded
+from learner.phases import CRITIC, OPTIMIZER, POLICY, Phases
 from learner.ptx import TextLoss
 from learner.record import Record
 from learner.steps import backward, blank_pass, discard, step
@@ -39,13 +40,16 @@ class Training:
             )
         self.nonfinite_in_a_row = 0
 
-    def run(self, mini_batches: Sequence[Sequence[Experience]], *, seed: int, train_policy: bool) -> dict[str, float]:
+    def run(
+        self, mini_batches: Sequence[Sequence[Experience]], *, seed: int, train_policy: bool, phases: Phases
+    ) -> dict[str, float]:
         """Run ppo_epochs over the mini-batches and return the metrics of the update. A collective.
 
         Args:
             mini_batches: this rank's micro-batches of each; every rank has the same number of mini-batches.
             seed: of the order in epochs after the first, and of the text that is mixed in; the same on every rank.
             train_policy: False leaves the policy alone, and the critic learns.
+            phases: where it is recorded how long each phase takes.
 
         Raises:
             FloatingPointError: `algorithm.max_nonfinite` steps in a row had a loss or a gradient that is not finite.
@@ -53,7 +57,7 @@ class Training:
         engines = self._engines(train_policy)
         record = Record()
         for epoch, index in visits(len(mini_batches), epochs=self.algorithm.ppo_epochs, seed=seed):
-            verdict = self._mini_batch(mini_batches[index], engines, record, text_seed=(seed, epoch, index))
+            verdict = self._mini_batch(mini_batches[index], engines, record, phases, text_seed=(seed, epoch, index))
             record.verdicts[verdict] += 1
             self._stop_if_broken(verdict, record)
             if verdict is Verdict.EARLY_STOP:
@@ -70,6 +74,7 @@ class Training:
         mini_batch: Sequence[Experience],
         engines: Mapping[str, Any],
         record: Record,
+        phases: Phases,
         *,
         text_seed: Sequence[int],
     ) -> Verdict:
@@ -81,10 +86,12 @@ class Training:
         sums = dict.fromkeys(self.critic.statistics, 0.0)
         if "policy" in engines:
             sums |= dict.fromkeys(self.objective.statistics, 0.0)
-            self._policy_pass(items, counts, sums)
-            if self.text is not None:
-                sums["ptx_loss"] = self.text.learn(self.policy, text_seed)
-        add(sums, self.critic.learn(items, counts.tokens))
+            with phases.record(POLICY):
+                self._policy_pass(items, counts, sums)
+                if self.text is not None:
+                    sums["ptx_loss"] = self.text.learn(self.policy, text_seed)
+        with phases.record(CRITIC):
+            add(sums, self.critic.learn(items, counts.tokens))
         total = summed_stats(sums)
         record.add(total, counts.tokens)
         verdict = self.guard.verdict(
@@ -93,7 +100,8 @@ class Training:
             approx_kl=total.get("approx_kl", 0.0) / counts.tokens,
         )
         if verdict is Verdict.STEP:
-            return self._step(engines, record)
+            with phases.record(OPTIMIZER):
+                return self._step(engines, record)
         for engine in engines.values():
             discard(engine)
         return verdict

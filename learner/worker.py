@@ -19,12 +19,14 @@ from actors.weights import Manifest
 from learner import checkpoint, lora, models, zero
 from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
+from learner.costs import passes_flops
 from learner.describe import describe
 from learner.divergence import mean_kl
 from learner.experience import Batch, Evaluation, RolloutEvaluation, apart, blank_batch, collate, together
 from learner.flops import matrix_rate
-from learner.networks import LearnerSetup, make_networks, passes_flops
+from learner.networks import LearnerSetup, make_networks
 from learner.packing import is_padded
+from learner.phases import EVALUATION, Phases
 from learner.preparation import Preparation, whitened
 from learner.ranks import Ranks
 from learner.training import Training
@@ -46,6 +48,7 @@ class LearnerWorker:
         self.policy = self.networks.policy
         self.prepare = Preparation(setup.algorithm, whiten_rewards=setup.shaping.whiten_rewards)
         self.training = Training(setup, self.networks)
+        self.phases = Phases()  # of the last update
         self.num_updates = 0  # in this process
         self.early_s = 0.0  # spent on evaluations since the last update
 
@@ -88,7 +91,7 @@ class LearnerWorker:
             FloatingPointError: too many steps in a row had a loss or a gradient that is not finite.
             RuntimeError: an evaluation is of the policy before another update.
         """
-        algorithm = self.setup.algorithm
+        algorithm, self.phases = self.setup.algorithm, Phases()
         parts = [self._parts([scored.rollout for scored in rollouts]) for rollouts in mini_batches]
         cut = [
             [collate([rollouts[i] for i in part]).to(self.device) for part in of_mini_batch]
@@ -97,18 +100,23 @@ class LearnerWorker:
         batches = [batch for of_mini_batch in cut for batch in of_mini_batch]
         known = evaluated if evaluated is not None else [[None] * len(rollouts) for rollouts in mini_batches]
         rows = [[of[i] for i in part] for of, cuts in zip(known, parts, strict=True) for part in cuts]
-        experience = self.prepare(batches, self._evaluations(batches, rows), kl_coef=kl_coef)
+        with self.phases.record(EVALUATION):
+            evaluations = self._evaluations(batches, rows)
+        experience = self.prepare(batches, evaluations, kl_coef=kl_coef)
         metrics = describe(experience, kl_coef=kl_coef, cap=algorithm.correction_cap)
         metrics |= self._work(batches, train_policy=step >= algorithm.critic_warmup_steps)
         if algorithm.whitens:
             experience = whitened(experience)
         items = iter(experience)
         self.num_updates += 1
-        return metrics | self.training.run(
+        metrics |= self.training.run(
             [[next(items) for _ in of_mini_batch] for of_mini_batch in cut],
             seed=seed,
             train_policy=step >= algorithm.critic_warmup_steps,
+            phases=self.phases,
         )
+        seconds = summed_stats(self.phases.seconds())
+        return metrics | {f"timing/learner_{name}_s": value / self.ranks.world_size for name, value in seconds.items()}
 
     def kl_to_reference(self, rollouts: Sequence[ScoredRollout], *, temperature: float) -> float:
         """Return the mean over all ranks' rollouts of log p - log p_ref summed over the response.

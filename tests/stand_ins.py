@@ -186,6 +186,9 @@ class StandIns:
 
     # --- learners and sync
 
+    def costs(self, infos: Sequence[RolloutInfo]) -> list[float]:
+        return [float(info.num_tokens) for info in infos]
+
     def evaluate(self, chunk: Chunk) -> None:
         self.evaluated.append(sorted((info.prompt_id, info.sample) for info in chunk.infos))
         self.evaluated_by.append(self.version)

@@ -14,6 +14,7 @@ from torch import Tensor
 from actors.rollout import Prompt, Rollout, ScoredRollout
 from learner.advantages import gae, mean_and_std, moments, whiten
 from learner.batching import deal, micro_batches
+from learner.costs import Costs, PassCost, passes_flops
 from learner.distribution import SampledFrom, token_logprobs
 from learner.experience import Batch, Evaluation, Values, apart, blank_batch, collate, sampled_by_both, together
 from learner.policy_losses import clipped_loss
@@ -117,6 +118,18 @@ def test_dealing_balances_tokens() -> None:
     for hands in zip(*deal(lengths, mini_batch_size=32, num_ranks=4, seed=0), strict=True):
         loads = [sum(lengths[i] for i in hand) for hand in hands]
         assert max(loads) - min(loads) <= 0.05 * sum(loads) / 4
+
+
+def test_dealing_balances_attention_too() -> None:
+    # Where attention is all that costs, twelve tokens are 78 pairs, and three times seven are 84: as even as can be.
+    # By tokens alone the twelve would stand beside seven.
+    cost = PassCost(body=0, head=0, attention=1)
+    lengths = [12, 7, 7, 7]
+    costs = [passes_flops(Costs(cost, None), [length], 1, epochs=1, train_policy=True) for length in lengths]
+    assert [c / costs[1] for c in costs] == [pytest.approx(78 / 28), 1, 1, 1]  # L (L + 1) / 2
+    by_tokens, by_cost = (deal(of, mini_batch_size=4, num_ranks=2, seed=0) for of in (lengths, costs))
+    assert sorted(len(hands[0]) for hands in by_tokens) == [2, 2]
+    assert sorted(len(hands[0]) for hands in by_cost) == [1, 3]
 
 
 def test_dealing_depends_on_the_seed_alone() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from learner import models
-from learner.flops import PassCost, matrix_rate
-from learner.networks import Costs, passes_flops
+from learner.costs import Costs, PassCost, passes_flops
+from learner.flops import matrix_rate
 from tests.tiny_models import FAMILIES, tiny_checkpoint
 
 

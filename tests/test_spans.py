@@ -10,6 +10,7 @@ import pytest
 
 from actors.spans import Span, SpanLog, busy_seconds
 from cluster.tracing import clipped, idle_shares, write_trace
+from learner.phases import Phases
 
 
 def test_spans_that_lie_over_each_other_count_once() -> None:
@@ -31,6 +32,26 @@ def test_what_goes_on_is_cut_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) 
         assert log.take() == [Span("inner", 1.0, 2.0), Span("outer", 0.0, 2.0)]
         now = 5.0
     assert log.take() == [Span("outer", 2.0, 5.0)]
+    assert log.take() == []
+
+
+def test_what_was_timed_elsewhere_is_taken_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("actors.spans.now", lambda: now)
+    monkeypatch.setattr("learner.phases.now", lambda: now)
+    log, phases = SpanLog(), Phases()
+    with log.record("update"):
+        for name, seconds in (("policy", 2.0), ("critic", 1.0), ("policy", 0.5)):
+            with phases.record(name):
+                now += seconds
+    assert phases.seconds() == {"evaluation": 0.0, "policy": 2.5, "critic": 1.0, "optimizer": 0.0}
+    log.add(phases.spans)
+    assert log.take() == [
+        Span("update", 0, 3.5),
+        Span("policy", 0, 2),
+        Span("critic", 2, 3),
+        Span("policy", 3, 3.5),
+    ]
     assert log.take() == []
 
 
