@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     import torch
 
 
+ENOUGH_TOKENS = 1024  # in one pass, padding included: fewer would leave a device idle
+
+
+def import_networks() -> None:
+    """Import torch and transformers, which takes seconds, so that a model that is loaded later starts at once."""
+    import torch  # noqa: F401
+    from transformers import AutoModelForSequenceClassification  # noqa: F401
+
+
 class Conversations:
     """Rollouts as the token ids that a reward model reads, which has a tokenizer and a chat template of its own.
 
@@ -158,13 +167,24 @@ class RewardModel:
 
 
 def token_batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Positions of `lengths`, longest first, cut so that a batch padded to its longest keeps to `max_tokens`."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        size = max_tokens // lengths[order[0]]
-        assert size > 0, "a conversation longer than the budget is refused before"
-        yield order[:size]
-        order = order[size:]
+    """Positions of `lengths`, longest first, cut so that a batch padded to its longest keeps to `max_tokens`.
+
+    One of ENOUGH_TOKENS takes no more where an eighth of it would be padding.
+    """
+    batch: list[int] = []
+    tokens = 0
+    for position in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        assert lengths[position] <= max_tokens, "a conversation longer than the budget is refused before"
+        longest = lengths[batch[0] if batch else position]
+        padded, more = longest * len(batch), longest * (len(batch) + 1)
+        wasteful = padded >= ENOUGH_TOKENS and more - tokens - lengths[position] > more / 8
+        if batch and (more > max_tokens or wasteful):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(position)
+        tokens += lengths[position]
+    if batch:
+        yield batch
 
 
 def adapter_base(path: str, *, key: str) -> str | None:

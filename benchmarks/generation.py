@@ -138,14 +138,14 @@ def grouped(model: str, *, threads: int) -> Iterator[Callable[[str], tuple[float
     import ray
 
     from cluster.driver import Sampling
-    from cluster.generators import GeneratorGroup, GeneratorSetup
+    from cluster.generators import GeneratorGroup, GeneratorProcess, GeneratorSetup
     from cluster.reactor import Reactor
     from cluster.recoveries import Recoveries
     from cluster.session import ray_session
 
     cluster = ClusterConfig(device="cpu", threads=threads)
     setup = GeneratorSetup(model, model, model, settings(), "cpu", SEED, trust_remote_code=False)
-    with ray_session(cluster, settings()) as session, session.placed("generator") as placement:
+    with ray_session(cluster, settings()) as session, session.placed({"generator": GeneratorProcess}) as placement:
         group = GeneratorGroup(
             placement,
             setup,

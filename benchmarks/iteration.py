@@ -31,8 +31,10 @@ from benchmarks.report import REPOSITORY, Result, in_turns, matrix_rate, median_
 
 NUM_PROMPTS, MINI_BATCHES, EPOCHS, LR, KL_COEF, SEED = 64, 4, 1, 1e-6, 0.05, 0
 WARMUP = 1  # iterations of each run that are left out
+SAMPLE_EVERY_S = 4.0  # to look at the memory of a process takes the kernel 20 ms a GiB, which the contestant lacks
 WORKLOADS = ("64", "256", "lognormal")
-PHASES = ("wait_for_generators_s", "generate_s", "learn_s", "sync_s", "step_s")
+PHASES = ("wait_for_generators_s", "generate_s", "early_evaluation_s", "learn_s", "learner_evaluation_s")
+PHASES += ("learner_policy_s", "learner_critic_s", "learner_optimizer_s", "sync_s", "step_s")
 TORCH = "torch==2.13.0"
 # Threads of OpenMP are as each contestant sets them; what this process has must not reach it.
 NOT_PASSED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")
@@ -168,7 +170,7 @@ def run_trl(
 def run_watched(command: Sequence[str], log: Path, look: Callable[[], None]) -> int:
     """Run a command to its end, with its output in a file, calling `look` all the while.
 
-    Returns its peak memory in bytes: the proportional set sizes of its processes, summed, once a second.
+    Returns its peak memory in bytes: the proportional set sizes of its processes, summed, once in SAMPLE_EVERY_S.
     """
     environment = {name: value for name, value in os.environ.items() if name not in NOT_PASSED_ON}
     ended = threading.Event()
@@ -177,7 +179,7 @@ def run_watched(command: Sequence[str], log: Path, look: Callable[[], None]) -> 
         process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
         def sample() -> None:
-            while not ended.wait(1.0):
+            while not ended.wait(SAMPLE_EVERY_S):
                 sums.append(sum(map(proportional_set_size, descendants(process.pid))))
 
         sampler = threading.Thread(target=sample)
@@ -282,7 +284,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contestant, in turns")
     parser.add_argument("--iterations", type=int, default=3, help=f"of each run, after {WARMUP} left out")
     parser.add_argument("--threads", type=int, default=2, help="cores: of the matrix product, and threads of TRL")
-    parser.add_argument("--manta", nargs="*", default=["cluster.threads=2"], help="settings of launch.py")
+    parser.add_argument("--manta", nargs="*", default=["cluster.learner_threads=2"], help="settings of launch.py")
     parser.add_argument("--trl-forward-batch", type=int, default=64)
     parser.add_argument("--trl-accumulation", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -314,7 +316,8 @@ def main() -> None:
         notes=[
             "share_of_limit: floating-point operations that the iteration cannot do without, over the rate of a large "
             "matrix product in this call, as a share of the time of an iteration",
-            "peak_pss_gib: proportional set sizes of all processes of the contestant, summed, once a second",
+            "peak_pss_gib: proportional set sizes of all processes of the contestant, summed, once in "
+            f"{SAMPLE_EVERY_S:g} s",
         ],
     ).say(asked.json)
 

@@ -13,6 +13,7 @@ from cluster.learners import LearnerGroup
 from cluster.partners import start_generators, start_rewards
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
+from cluster.roles import processes_of
 from cluster.run import Handover, Run, load_tokenizer
 from learner.divergence import JudgeSetup, JudgeWorker
 
@@ -27,8 +28,7 @@ def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     held_out = held_out_prompts(config.data, tokenizer, config.evaluation.num_prompts)
     # The policy that training started from is no reference of the one that it made.
     reference = config.model.reference
-    roles = ("generator", "reward") if reference is None else ("generator", "reward", "learner")
-    with run.session.placed(*roles) as placement, run.console.stage("eval", 1) as progress:
+    with run.session.placed(processes_of("eval", config)) as placement, run.console.stage("eval", 1) as progress:
         device, recoveries, reactor = run.session.device, run.recoveries, Reactor()
         learners = None
         if reference is not None:

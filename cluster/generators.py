@@ -45,6 +45,11 @@ class GeneratorProcess(Process):
         super().__init__()
         self.loop: Any = None
 
+    def prepare(self, device: str) -> None:
+        from actors.generator import import_engine
+
+        import_engine(device)
+
     def start(self, setup: GeneratorSetup) -> None:
         from actors.engine_loop import EngineLoop
         from actors.generator import VLLMGenerator

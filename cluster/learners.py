@@ -44,6 +44,11 @@ class RankProcess(Process):
         self.worker: Any = None
         self.snapshot: Any = None
 
+    def prepare(self, device: str) -> None:
+        from learner.zero import import_engine
+
+        import_engine(device)
+
     def endpoint(self) -> tuple[str, int]:
         """Return an address of this node and a port that is free on it."""
         with socket.socket() as listener:

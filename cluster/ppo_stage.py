@@ -21,6 +21,7 @@ from cluster.learners import LearnerGroup
 from cluster.monitors import alarm_lines, alarms
 from cluster.partners import Partners
 from cluster.report import before_and_after
+from cluster.roles import processes_of
 from cluster.rollouts import (
     AheadRollouts,
     Prompts,
@@ -53,7 +54,7 @@ def run_ppo(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
     if config.algorithm.ptx.coef > 0:
         text = tuple(ptx_rows(config.algorithm.ptx, tokenizer))
     with (
-        run.session.placed("learner", "generator", "reward") as placement,
+        run.session.placed(processes_of("ppo", config)) as placement,
         run.console.stage("ppo", config.algorithm.num_steps) as progress,
     ):
         partners = Partners(

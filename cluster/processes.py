@@ -6,8 +6,8 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -48,6 +48,9 @@ class Process:
     def __init__(self) -> None:
         self.spans = SpanLog()
 
+    def prepare(self, device: str) -> None:
+        """Import what takes time, before it is known what this process is to do on `device`."""
+
     @in_group(CONTROL)
     def take_spans(self) -> list[Span]:
         """Return what this process has been busy with since it was last asked."""
@@ -71,12 +74,23 @@ class Placement:
     group: Any
     bundles: tuple[Bundle, ...]
     environment: dict[str, str]
+    started: dict[tuple[type[Process], Bundle], Any] = field(default_factory=dict)  # ahead, and not yet taken
 
     def places(self, role: str) -> list[Bundle]:
         return [bundle for bundle in self.bundles if bundle.role == role]
 
+    def start_ahead(self, processes: Mapping[str, type[Process]], device: str) -> None:
+        """Let the processes that `start` will be asked for, by their roles, import what takes time; returns at once."""
+        for bundle in self.bundles:
+            process = processes[bundle.role]
+            handle = self.start(process, bundle)
+            handle.prepare.remote(device)
+            self.started[process, bundle] = handle
+
     def start(self, process: type[Process], bundle: Bundle) -> Any:
-        """Return the handle of a new process in the place of the bundle."""
+        """Return the handle of a new process in the place of the bundle, or of one that was started there ahead."""
+        if (process, bundle) in self.started:
+            return self.started.pop((process, bundle))
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles.index(bundle))
         environment = self.environment if bundle.gpus else self.environment | {"OMP_NUM_THREADS": str(bundle.threads)}
         return (

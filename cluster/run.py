@@ -10,6 +10,7 @@ from typing import Any
 from cluster.checkpoints import Checkpoint
 from cluster.console import Console
 from cluster.recoveries import Recoveries
+from cluster.roles import processes_of
 from cluster.saving import Saver
 from cluster.session import Session
 from cluster.signals import StopRequest
@@ -30,6 +31,12 @@ class Run:
     saver: Saver
     recoveries: Recoveries
     stop: StopRequest
+
+    def start_ahead_after(self, stage: str) -> None:
+        """Let the processes of the stage that follows start while `stage` trains."""
+        place = self.config.stages.index(stage) + 1
+        if place < len(self.config.stages):
+            self.session.start_ahead(processes_of(self.config.stages[place], self.config))
 
 
 @dataclass(frozen=True)

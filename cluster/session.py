@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import AuthenticationError
 
 from cluster.placement import plan, reserve
-from cluster.processes import Placement
+from cluster.processes import Placement, Process
 from cluster.ray_access import check_reachable, own_token, refusal
 from cluster.signals import kept_from_children
 from conf.schema import ClusterConfig, GeneratorConfig
@@ -22,23 +22,39 @@ PROJECT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 << 20  # of a cluster of its own on a CPU machine: rollouts are small
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """The cluster as the stages see it."""
 
     cluster: ClusterConfig
     generator: GeneratorConfig
     device: str  # cpu | cuda
+    has_room: bool  # for the processes of two stages at a time
+    _ahead: dict[tuple[str, ...], Placement] = field(default_factory=dict, init=False)  # by their roles
 
     @contextmanager
-    def placed(self, *roles: str) -> Iterator[Placement]:
-        """Reserve what the processes of the roles need; on leaving, end them and give it back."""
-        bundles = plan(self.cluster, self.generator, device=self.device, roles=roles)
-        group = reserve(bundles, timeout_s=self.cluster.start_timeout_s)
+    def placed(self, processes: Mapping[str, type[Process]]) -> Iterator[Placement]:
+        """Reserve what these processes, by their roles, need; on leaving, end them and give it back."""
+        placement = self._ahead.pop(tuple(processes), None) or self._reserved(processes)
         try:
-            yield Placement(group, bundles, process_environment(self.device))
+            yield placement
         finally:
-            ray.util.remove_placement_group(group)  # Ray ends the processes that stand in it
+            ray.util.remove_placement_group(placement.group)  # Ray ends the processes that stand in it
+
+    def start_ahead(self, processes: Mapping[str, type[Process]]) -> None:
+        """Let the processes of a later stage start and import while this one trains, if there is room; at once.
+
+        They know nothing yet, so that a stage is the same with them and without.
+        """
+        if self.has_room and tuple(processes) not in self._ahead:
+            placement = self._reserved(processes)
+            placement.start_ahead(processes, self.device)
+            self._ahead[tuple(processes)] = placement
+
+    def _reserved(self, processes: Mapping[str, type[Process]]) -> Placement:
+        bundles = plan(self.cluster, self.generator, device=self.device, roles=tuple(processes))
+        group = reserve(bundles, timeout_s=self.cluster.start_timeout_s)
+        return Placement(group, bundles, process_environment(self.device))
 
 
 def process_environment(device: str) -> dict[str, str]:
@@ -64,8 +80,8 @@ def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[
     """Attach to `cluster.address` or RAY_ADDRESS, else start a cluster of its own; end it on leaving.
 
     On a machine with fewer cores than the run has processes, a cluster of its own counts one core for each all the
-    same: the phases of an iteration take turns. It answers only those who have its token, unless RAY_AUTH_MODE says
-    otherwise.
+    same, and for the ranks of another stage: the phases of an iteration take turns. It answers only those who have its
+    token, unless RAY_AUTH_MODE says otherwise.
 
     Raises:
         ConfigError: there is no cluster at the address, or it does not let us in.
@@ -73,7 +89,7 @@ def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[
     device = chosen_device(cluster)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     with _started(cluster, generator, device) if address is None else _joined(address):
-        yield Session(cluster, generator, device)
+        yield Session(cluster, generator, device, has_room=address is None and device == "cpu")
 
 
 @contextmanager
@@ -85,7 +101,7 @@ def _started(cluster: ClusterConfig, generator: GeneratorConfig, device: str) ->
         try:
             _init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, len(processes)),
+                num_cpus=max(os.cpu_count() or 1, len(processes) + cluster.num_learners),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES if device == "cpu" else None,
             )

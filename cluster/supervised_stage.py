@@ -16,6 +16,7 @@ from cluster.checkpoints import Checkpoint
 from cluster.console import StageProgress
 from cluster.driver import Metrics, derived_seed
 from cluster.learners import SupervisedGroup
+from cluster.roles import processes_of
 from cluster.run import Handover, Run, context_length, load_tokenizer
 from conf.check import starting_model
 from conf.schema import ConfigError, ModelConfig, RewardTrainingConfig, SupervisedConfig
@@ -117,7 +118,10 @@ def train(
         center_coef=settings.center_coef if isinstance(settings, RewardTrainingConfig) else 0.0,
         collective_timeout_s=config.cluster.call_timeout_s,
     )
-    with session.placed("learner") as placement, run.console.stage(stage.name, settings.num_steps) as progress:
+    with (
+        session.placed(processes_of(stage.name, config)) as placement,
+        run.console.stage(stage.name, settings.num_steps) as progress,
+    ):
         learners = SupervisedGroup(placement, stage.worker, setup, limits=config.cluster, recoveries=run.recoveries)
         training = SupervisedTraining(run, stage, settings, learners, rows, held_out, before, progress)
         return carry(run, training, before, resume)

@@ -25,13 +25,22 @@ from learner.ranks import Ranks
 CPU_ELEMENTS_AT_ONCE = 2**22
 
 
+def import_engine(device: str) -> None:
+    """Import DeepSpeed and transformers, which takes seconds, so that a rank that is made later starts at once."""
+    os.environ["DS_ACCELERATOR"] = device  # read by DeepSpeed when it is imported
+    import deepspeed
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
+
+    deepspeed.logger.setLevel("WARNING")
+
+
 def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:
     """Enter the process group of the learner ranks: gloo on CPU, NCCL on GPUs. A process can be in one only.
 
     A collective that waits longer than `timeout_s` raises in every rank that waits.
     """
-    # Read by DeepSpeed when it is imported; LOCAL_RANK is 0 because each process sees its own device alone.
-    os.environ["DS_ACCELERATOR"] = device
+    import_engine(device)
+    # LOCAL_RANK is 0 because each process sees its own device alone.
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
@@ -45,7 +54,6 @@ def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:
 
     transformers.utils.logging.set_verbosity_error()  # progress bars of every rank, and reports on the new heads
     transformers.utils.logging.disable_progress_bar()
-    deepspeed.logger.setLevel("WARNING")
     # DeepSpeed calls collectives under names that torch has begun to replace, thousands of times a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Built with a compiler on first use, for inference alone; it takes a minute and a half and serves nothing here.

@@ -163,6 +163,19 @@ def test_token_batches_by_hand() -> None:
     assert list(token_batches([], 5)) == []
 
 
+def test_long_conversations_are_not_padded_with_short_ones() -> None:
+    # 3 x 400 is enough. With a fourth of 200 an eighth of 1600 would be padding, with one of 199 more than that.
+    assert list(token_batches([400, 400, 400, 200], 16_000)) == [[0, 1, 2, 3]]
+    assert list(token_batches([400, 400, 400, 199], 16_000)) == [[0, 1, 2], [3]]
+    assert list(token_batches([400, 400, 10], 16_000)) == [[0, 1, 2]], "two are not enough for a pass"
+    lengths = [int(n) for n in np.random.default_rng(0).lognormal(4.0, 1.0, 500).clip(1, 600)]
+    batches = list(token_batches(lengths, 4096))
+    assert sorted(position for batch in batches for position in batch) == list(range(500))
+    padded = [lengths[batch[0]] * len(batch) for batch in batches]
+    assert max(padded) <= 4096
+    assert sum(padded) < 1.15 * sum(lengths)
+
+
 def test_an_own_tokenizer_and_template_read_the_text(tmp_path: Path) -> None:
     """A template without a generation prompt, as reward models have: a cut answer has its header (PPO details 14)."""
     template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }}<eos>{% endfor %}"

@@ -1,4 +1,4 @@
-"""A cluster of a run's own: what goes when one of its processes is killed. Ten seconds, with real Ray."""
+"""A cluster of a run's own: processes that start ahead, and what goes when one is killed. With real Ray."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import pytest
 import ray
 
+from cluster.processes import Placement, Process
 from cluster.session import ray_session
 from conf.schema import ClusterConfig, GeneratorConfig
 from tests.runs import wait_for
@@ -33,3 +34,43 @@ def test_with_a_process_that_is_killed_its_children_go() -> None:
         os.kill(pid, signal.SIGKILL)
         ray.kill(ended)
         assert wait_for(lambda: all(state_of(child) in ("Z", "X") for child in (one, other)), seconds=60)
+
+
+class Prepared(Process):
+    """Remembers what it was asked to prepare for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device: str | None = None
+
+    def prepare(self, device: str) -> None:
+        self.device = device
+
+    def prepared_for(self) -> str | None:
+        return self.device
+
+
+def who(placement: Placement) -> list[tuple[int, str | None]]:
+    handles = [placement.start(Prepared, bundle) for bundle in placement.places("learner")]
+    return [(ray.get(handle.ping.remote()), ray.get(handle.prepared_for.remote())) for handle in handles]
+
+
+def reserved_cores() -> float:
+    return float(ray.cluster_resources()["CPU"] - ray.available_resources().get("CPU", 0.0))
+
+
+def test_a_later_stage_takes_over_what_was_started_ahead() -> None:
+    cluster = ClusterConfig(device="cpu", num_learners=2)
+    with ray_session(cluster, GeneratorConfig()) as session:
+        with session.placed({"learner": Prepared}) as first:
+            now = who(first)
+            session.start_ahead({"learner": Prepared})
+            session.start_ahead({"learner": Prepared})  # a stage that goes back to its checkpoint asks once more
+            assert wait_for(lambda: reserved_cores() == 4, seconds=60), "two stages of two ranks, and no third"
+        assert [device for _, device in now] == [None, None]
+        with session.placed({"learner": Prepared}) as second:
+            later = who(second)
+            assert [device for _, device in later] == ["cpu", "cpu"]
+            assert {pid for pid, _ in later}.isdisjoint(pid for pid, _ in now)
+            assert [device for _, device in who(second)] == [None, None], "whoever comes after them is new"
+        assert wait_for(lambda: reserved_cores() == 0, seconds=60)

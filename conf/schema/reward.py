@@ -116,7 +116,7 @@ class RewardConfig:
 
     sources: tuple[RewardSourceConfig, ...] = ()
     shaping: ShapingConfig = field(default_factory=ShapingConfig)
-    batch_size: int = 64  # rollouts that are handed to a reward actor together
+    batch_size: int = 16  # rollouts that go to a reward actor and to the learner together, as soon as all are there
     on_failure: str = "stop"  # when a source gives no score after all retries: stop the run, or drop the rollouts
     retries: int = 2
     backoff_s: float = 1.0  # before the first retry; doubled before each further one

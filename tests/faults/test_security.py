@@ -289,7 +289,7 @@ class Cluster:
         with (
             serving(RewardServer(ones, token=f"{mark}{TOKEN_VARIABLE}")) as server,
             ray_session(limits, GeneratorConfig()) as session,
-            session.placed("reward") as placement,
+            session.placed({"reward": RewardProcess}) as placement,
         ):
             config = RewardConfig(sources=(RewardSourceConfig(type="http", url=server.url),))
             setup = RewardSetup(config, None, None, "cpu", False, reward_token())
