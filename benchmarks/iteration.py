@@ -33,8 +33,8 @@ NUM_PROMPTS, MINI_BATCHES, EPOCHS, LR, KL_COEF, SEED = 64, 4, 1, 1e-6, 0.05, 0
 WARMUP = 1  # iterations of each run that are left out
 SAMPLE_EVERY_S = 4.0  # to look at the memory of a process takes the kernel 20 ms a GiB, which the contestant lacks
 WORKLOADS = ("64", "256", "lognormal")
-PHASES = ("wait_for_generators_s", "generate_s", "early_evaluation_s", "learn_s", "learner_evaluation_s")
-PHASES += ("learner_policy_s", "learner_critic_s", "learner_optimizer_s", "sync_s", "step_s")
+LEARNER_PHASES = ("learner_evaluation_s", "learner_policy_s", "learner_critic_s", "learner_optimizer_s")
+PHASES = ("wait_for_generators_s", "generate_s", "early_evaluation_s", "learn_s", *LEARNER_PHASES, "sync_s", "step_s")
 TORCH = "torch==2.13.0"
 # Threads of OpenMP are as each contestant sets them; what this process has must not reach it.
 NOT_PASSED_ON = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "PYTHONPATH")
