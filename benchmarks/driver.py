@@ -35,6 +35,7 @@ from cluster.rollouts import SampledRollouts
 from cluster.sampling import Part
 from cluster.shaping import ScoreShaping
 from conf.schema import AlgorithmConfig, ClusterConfig, GeneratorConfig, RewardConfig, ShapingConfig
+from learner.costs import Costs, PassCost
 from learner.experience import RolloutEvaluation
 from learner.ranks import Ranks
 
@@ -82,6 +83,9 @@ class Simulated(Process):
             for payload in chunk
             for _ in ray.get(payload)
         ]
+
+    def costs(self) -> Costs:
+        return Costs(PassCost(body=2**20, head=2**18, attention=2**10), None)
 
     def update(
         self, places: Sequence[Sequence[Place]], kl: float, seed: int, step: int, num_chunks: int, *given: Any
@@ -155,7 +159,14 @@ def made_driver(num_generators: int, num_rollouts: int, served: dict[tuple[str, 
         recoveries=recoveries,
         reactor=reactor,
     )
-    learners = LearnerGroup(placement, no_worker, None, limits=limits, recoveries=recoveries, reactor=reactor)
+    algorithm = AlgorithmConfig(
+        prompts_per_step=num_rollouts,
+        mini_batch_size=num_rollouts // 4,
+        max_staleness=ITERATIONS,  # all rollouts are of version 0
+        correction="token",
+    )
+    looked_at = argparse.Namespace(algorithm=algorithm)  # by the group itself; the simulated rank needs nothing
+    learners = LearnerGroup(placement, no_worker, looked_at, limits=limits, recoveries=recoveries, reactor=reactor)
     rollouts = SampledRollouts(
         EndlessPrompts(),
         generators,
@@ -163,12 +174,6 @@ def made_driver(num_generators: int, num_rollouts: int, served: dict[tuple[str, 
         evaluate=learners.evaluate,
         sampling=Sampling(num_samples=1, temperature=1.0, max_new_tokens=TOKENS, seed=0),
         prompts_per_step=num_rollouts,
-    )
-    algorithm = AlgorithmConfig(
-        prompts_per_step=num_rollouts,
-        mini_batch_size=num_rollouts // 4,
-        max_staleness=ITERATIONS,  # all rollouts are of version 0
-        correction="token",
     )
     return PPODriver(
         algorithm=algorithm,
