@@ -104,7 +104,6 @@ def carry(run: Run, training: Training, before: Handover, resume: Checkpoint | N
                 save()
             else:
                 training.take_up(resume.state["stage"], resume)
-            run.start_ahead_after(training.name)
             with run.stop.deferred():
                 while not training.done and run.stop.signum is None:
                     training.advance()

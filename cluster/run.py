@@ -33,7 +33,7 @@ class Run:
     stop: StopRequest
 
     def start_ahead_after(self, stage: str) -> None:
-        """Let the processes of the stage that follows start while `stage` trains."""
+        """Let the processes of the stage that follows `stage`, a supervised one, start while that trains."""
         place = self.config.stages.index(stage) + 1
         if place < len(self.config.stages):
             self.session.start_ahead(processes_of(self.config.stages[place], self.config))

@@ -80,8 +80,8 @@ def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[
     """Attach to `cluster.address` or RAY_ADDRESS, else start a cluster of its own; end it on leaving.
 
     On a machine with fewer cores than the run has processes, a cluster of its own counts one core for each all the
-    same, and for the ranks of another stage: the phases of an iteration take turns. It answers only those who have its
-    token, unless RAY_AUTH_MODE says otherwise.
+    same, and for the ranks of a supervised stage beside them: the phases of an iteration take turns. It answers only
+    those who have its token, unless RAY_AUTH_MODE says otherwise.
 
     Raises:
         ConfigError: there is no cluster at the address, or it does not let us in.

@@ -161,14 +161,19 @@ class SupervisedTraining:
         return early or self.step >= self.settings.num_steps
 
     def begin(self) -> None:
-        self.learners.wait_started()
+        self._wait_started()
         self._go_to(0, {})
 
     def take_up(self, state: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        self.learners.wait_started()
+        self._wait_started()
         if checkpoint.num_ranks:
             self.learners.restore(checkpoint.learner)
         self._go_to(checkpoint.step or 0, state["metrics"])
+
+    def _wait_started(self) -> None:
+        """Return when the ranks are up; from then on they leave room for the next stage's processes to start."""
+        self.learners.wait_started()
+        self.run.start_ahead_after(self.name)
 
     def state(self) -> dict[str, Any]:
         return {"metrics": self.metrics}
