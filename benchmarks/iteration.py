@@ -31,7 +31,7 @@ from benchmarks.report import REPOSITORY, Result, in_turns, matrix_rate, median_
 
 NUM_PROMPTS, MINI_BATCHES, EPOCHS, LR, KL_COEF, SEED = 64, 4, 1, 1e-6, 0.05, 0
 WARMUP = 1  # iterations of each run that are left out
-SAMPLE_EVERY_S = 4.0  # to look at the memory of a process takes the kernel 20 ms a GiB, which the contestant lacks
+SAMPLE_EVERY_S = 4.0  # once a second this process took 14 % of a core, which the contestant lacked
 WORKLOADS = ("64", "256", "lognormal")
 LEARNER_PHASES = ("learner_evaluation_s", "learner_policy_s", "learner_critic_s", "learner_optimizer_s")
 PHASES = ("wait_for_generators_s", "generate_s", "early_evaluation_s", "learn_s", *LEARNER_PHASES, "sync_s", "step_s")

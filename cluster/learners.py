@@ -61,7 +61,7 @@ class RankProcess(Process):
         self.worker = make(setup, Ranks(rank, world_size, *endpoint))
 
     def costs(self) -> Any:
-        """Return what a pass of each network costs (learner.networks.Costs)."""
+        """Return what a pass of each network costs (learner.costs.Costs)."""
         return self.worker.networks.costs
 
     @spanned
