@@ -118,15 +118,14 @@ def packed_attention(
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _varlen(query, key, value, scaling, window, cu_seq_lens_q, max_length_q), None
-    attended = []
     bounds = cu_seq_lens_q.tolist()
-    start = 0
-    for length, same in groupby(end - begin for begin, end in pairwise(bounds)):
-        count = len(list(same))
-        stop = start + count * length
-        q, k, v = (_as_batch(one[:, :, start:stop], count) for one in (query, key, value))
+    alike = [(length, len(list(same))) for length, same in groupby(end - begin for begin, end in pairwise(bounds))]
+    # Split, not sliced: on the way back each slice would fill a gradient of the whole row.
+    parts = (one.split([length * count for length, count in alike], dim=2) for one in (query, key, value))
+    attended = []
+    for (_, count), *heads in zip(alike, *parts, strict=True):
+        q, k, v = (_as_batch(one, count) for one in heads)
         attended.append(_causal(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1))
-        start = stop
     return torch.cat(attended).unsqueeze(0), None
 
 
