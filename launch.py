@@ -46,6 +46,7 @@ Common settings (all of them: --cfg job; what they mean: conf/schema/):
   generator.max_new_tokens=N     longest response
   generator.temperature=X        of sampling
   model.lora.rank=N              trains adapters in the ppo stage instead of all weights
+  mode=plan                      says where everything would stand and whether it fits, without a GPU, and stops
   cluster.num_generators=N       vLLM engines; cluster.num_learners=N for DeepSpeed ranks
   tracking.wandb=online          online, offline or off
 
@@ -73,6 +74,10 @@ def main(argv: Sequence[str]) -> int:
         if only_print:
             _answer(to_yaml(config).rstrip())
             return 0
+        if config.mode == "plan":
+            from cluster.estimate import run_plan
+
+            return run_plan(config)
         return _run(config)
     except ConfigError as error:
         _note(str(error))

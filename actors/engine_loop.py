@@ -83,7 +83,10 @@ class EngineLoop:
 
     def _until_idle(self) -> None:
         while self._outboxes:
-            self._step()
+            if self.generator.awake:
+                self._step()
+            else:
+                self._inbox.get()()  # nothing is sampled until it wakes
             while not self._inbox.empty():
                 self._inbox.get()()
 

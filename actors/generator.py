@@ -83,11 +83,12 @@ class VLLMGenerator:
         tokenizer: str | None = None,
         stop_tokens_of: str | None = None,
         trust_remote_code: bool = False,
+        shares_gpus: bool = False,
     ) -> None:
         """Load the checkpoint `model_path` and start the engine on `device`, "cpu" or "cuda".
 
         `tokenizer` is the folder or name of another tokenizer than the one at `model_path`; `stop_tokens_of` is that of
-        another checkpoint whose end-of-text tokens end a response.
+        another checkpoint whose end-of-text tokens end a response. One that `shares_gpus` can `sleep`.
         """
         configure_environment(device)
         self._config = config
@@ -103,12 +104,14 @@ class VLLMGenerator:
         from vllm.usage.usage_lib import UsageContext
 
         arguments = _engine_args(model_path, config, device=device, seed=seed, trust_remote_code=trust_remote_code)
+        arguments.enable_sleep_mode = shares_gpus and device == "cuda"  # on a CPU vLLM sleeps without being able to
         # Which decides how many prompt tokens a step takes: without it, far fewer than LLM.generate takes.
         self._engine: Any = LLMEngine.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
         self._max_model_len: int = self._engine.model_config.max_model_len
         self._request_numbers = count()
         self._pending: dict[int, SampleRequest] = {}  # requests that are not finished
         self._refusal: str | None = None
+        self._awake, self._has_weights = True, True
         self._set_version(0)
 
     @property
@@ -208,13 +211,45 @@ class VLLMGenerator:
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
         )
 
-    def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
-        """Join the learner's weight transport, as `WeightSender.receiver_info` says; blocks until all have joined.
+    def init_weight_transfer(self, workers: Sequence[Mapping[str, Any]]) -> None:
+        """Join the learner's weight transport; blocks until all have joined.
+
+        `workers` has what `WeightSender.receiver_info` says, for each of the engine's tensor-parallel processes.
 
         Raises ValueError naming the first parameter that the sender's manifest lacks, or has in excess, or in another
         shape or dtype than the model that vLLM built.
         """
-        self._engine.collective_rpc("init_weight_transfer_engine", args=(dict(info),))
+        self._engine.collective_rpc(
+            "init_weight_transfer_engine", args=({"workers": [dict(info) for info in workers]},)
+        )
+
+    @property
+    def awake(self) -> bool:
+        """Whether the engine can take steps."""
+        return self._awake
+
+    def sleep(self) -> None:
+        """Leave the GPU to others: weights go to the host, the cache is dropped. Requests that run stand still.
+
+        One that has woken for an update alone keeps its weights there until `wake`.
+        """
+        if self._awake:
+            self._engine.sleep(level=1, mode="keep")
+            self._awake, self._has_weights = False, False
+
+    def wake_weights(self) -> None:
+        """Bring the weights back to the GPU, and not yet the cache, for an update."""
+        if not self._has_weights:
+            self._engine.wake_up(["weights"])
+            self._has_weights = True
+
+    def wake(self) -> None:
+        """Bring everything back; requests that stood still go on, their keys and values computed anew."""
+        if not self._awake:
+            self.wake_weights()
+            if not self._engine.wake_up(["kv_cache"]):
+                raise RuntimeError("vLLM has not woken up")
+            self._awake = True
 
     def start_weight_update(self) -> None:
         """Make ready for new weights. Requests that run stand still until `finish_weight_update`.

@@ -33,16 +33,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 @dataclass
 class ReceiverInitInfo(WeightTransferInitInfo):
-    """What `WeightSender.receiver_info` gives. `rank` is that of this generator's first worker."""
+    """What `WeightSender.receiver_info` gives, for each of this generator's workers in their order."""
 
-    host: str
-    port: int
-    rank: int
-    world_size: int
-    timeout: float
-    bucket_bytes: int
-    checksum: str
-    manifest: Sequence[Sequence[Sequence[Any]]]
+    workers: Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -75,24 +68,26 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
 
     def init_transfer_engine(self, init_info: ReceiverInitInfo) -> None:
         """Check the manifest against the model, then join the sender; a transport from before is dropped."""
-        manifest = Manifest.from_plain(init_info.manifest)
+        parallel = self.parallel_config
+        info = init_info.workers[parallel.data_parallel_index * parallel.world_size + parallel.rank]
+        manifest = Manifest.from_plain(info["manifest"])
         audit = WeightAudit(self.model, self.model_config.dtype)
         audit.check_manifest(manifest)
         self.shutdown()
-        parallel = self.parallel_config
-        rank = init_info.rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        store = open_store(init_info.host, init_info.port, timeout=init_info.timeout)
+        store = open_store(info["host"], info["port"], timeout=info["timeout"])
         self._transport = join(
             store,
-            rank=rank,
-            world_size=init_info.world_size,
-            timeout=init_info.timeout,
-            bucket_bytes=init_info.bucket_bytes,
+            rank=info["rank"],
+            world_size=info["world_size"],
+            timeout=info["timeout"],
+            bucket_bytes=info["bucket_bytes"],
+            wire=info["wire"],
+            device=self.device,
         )
         if self.device.type == "cpu":
             _keep_freed_memory()
         self._manifest, self._audit = manifest, audit
-        self._buckets, self._checksum = buckets_of(manifest, init_info.bucket_bytes), init_info.checksum
+        self._buckets, self._checksum = buckets_of(manifest, info["bucket_bytes"]), info["checksum"]
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -125,7 +120,7 @@ class WeightReceiver(WeightTransferEngine[ReceiverInitInfo, ReceiverUpdateInfo])
                 with _naming(update_info.version, stage):
                     message = transport.receive(bucket.num_bytes)
                 received += self._take_in(audit, bucket, message)
-            trailer = torch.zeros(len(manifest) + 1, dtype=torch.int64, device=transport.device)
+            trailer = torch.zeros(len(manifest) + 1, dtype=torch.int64)
             with _naming(update_info.version, "the checksums"):
                 transport.broadcast(trailer)
             *sent, version = trailer.tolist()

@@ -1,8 +1,11 @@
-"""The wire under a weight update: buckets from the learner to every process of every generator at once.
+"""The wire under a weight update: buckets from a learner rank to every process of its generators at once.
 
-`join` makes a gloo group of all of them and tries whether they can share memory. If they can, buckets go through two
-slots of a file that all have mapped, and gloo carries only the word that one is ready; else gloo carries the buckets.
-Either way a peer that is lost or late is an error for all who wait for it. Rank 0 is the learner.
+`join` makes a gloo group of all of them, over which they meet. Which way the buckets go is `wire`:
+
+- HOST, between processes on CPUs: two slots of a file that all have mapped, if they can, which is tried; else gloo.
+- NCCL, between GPUs; IPC, between two processes on one GPU: `actors/gpu_transport.py`.
+
+On any of them a peer that is lost or late is an error for all who wait for it. Rank 0 is the learner.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +32,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
+HOST, NCCL, IPC = "host", "nccl", "ipc"
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "manta-weights-"
 TOKEN_BYTES = 16
@@ -61,7 +66,7 @@ class Transport(Protocol):
         ...
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Give every rank rank 0's `tensor`, in place, once all have done with the buckets before."""
+        """Give every rank rank 0's `tensor`, of the CPU, in place, once all have done with the buckets before."""
         ...
 
     def close(self) -> None:
@@ -69,12 +74,39 @@ class Transport(Protocol):
         ...
 
 
-def join(store: Store, *, rank: int, world_size: int, timeout: float, bucket_bytes: int) -> Transport:
+@dataclass(frozen=True)
+class StatelessSeat:
+    """Who this rank is among those that meet at a store."""
+
+    rank: int
+    world_size: int
+    store: Store
+
+
+def join(
+    store: Store,
+    *,
+    rank: int,
+    world_size: int,
+    timeout: float,
+    bucket_bytes: int,
+    wire: str = HOST,
+    device: torch.device | None = None,
+) -> Transport:
     """Returns when all `world_size` ranks have joined over `store`; `timeout` in seconds holds for every step.
 
-    Memory is shared if every rank can map the same file, which is found by trying.
+    On the wire HOST memory is shared if every rank can map the same file, which is found by trying. The others need the
+    `device` where this rank's buckets are to be.
     """
     group = GlooGroup(store, rank=rank, world_size=world_size, timeout=timeout)
+    if wire != HOST:
+        from actors import gpu_transport
+
+        assert device is not None, wire
+        if wire == IPC:
+            return gpu_transport.ipc_transport(group, rank=rank, bucket_bytes=bucket_bytes, device=device)
+        seat = StatelessSeat(rank, world_size, PrefixStore("nccl", store))
+        return gpu_transport.nccl_transport(group, seat, bucket_bytes=bucket_bytes, device=device)
     memory = _shared_memory(group, rank=rank, num_bytes=2 * bucket_bytes)
     if memory is None:
         return GlooTransport(group, bucket_bytes)
@@ -85,7 +117,7 @@ class GlooGroup:
     """A gloo process group of its own, independent of torch's default group."""
 
     def __init__(self, store: Store, *, rank: int, world_size: int, timeout: float) -> None:
-        self._timeout = timedelta(seconds=timeout)
+        self.timeout_s, self._timeout = timeout, timedelta(seconds=timeout)
         store.set_timeout(self._timeout)
         self._group: Any = ProcessGroupGloo(PrefixStore("weights", store), rank, world_size, self._timeout)
 
@@ -158,15 +190,14 @@ class GlooTransport:
 
 
 class SharedMemoryTransport:
-    """Buckets through memory that all ranks have mapped.
+    """Buckets through memory that all ranks have mapped: of the host, or of the GPU that they are on.
 
     One meeting of all for each bucket says two things: rank 0 has written it, and the others have done with the one
     before. So rank 0 writes the next one while the others read this one.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, group: GlooGroup, memory: Tensor) -> None:
+        self.device = memory.device
         self._group, self._slots = group, memory.view(2, -1)
         self._turn = 0
 
@@ -177,18 +208,24 @@ class SharedMemoryTransport:
         pass
 
     def send(self, num_bytes: int) -> None:
-        self._group.agreed(True)
+        self._meet()
         self._turn = 1 - self._turn
 
     def receive(self, num_bytes: int) -> Tensor:
-        self._group.agreed(True)
+        self._meet()
         message = self._slots[self._turn][:num_bytes]
         self._turn = 1 - self._turn
         return message
 
     def broadcast(self, tensor: Tensor) -> None:
-        self._group.agreed(True)
+        self._meet()
         self._group.broadcast(tensor)
+
+    def _meet(self) -> None:
+        """Return when all are here, with what each of them has asked of its GPU done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._group.agreed(True)
 
     def close(self) -> None:
         self._group.close()

@@ -26,7 +26,8 @@ from benchmarks.report import Result
 from cluster.driver import Metrics, PPODriver, RolloutInfo, Sampling
 from cluster.generators import GeneratorGroup, GeneratorSetup
 from cluster.learners import LearnerGroup, Place
-from cluster.placement import Bundle
+from cluster.placement import Place as Standing
+from cluster.placement import Plan
 from cluster.processes import SAMPLER, THREADS, Placement, Process, in_group
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
@@ -101,12 +102,9 @@ class Simulated(Process):
 class SharedProcesses(Placement):
     """Places of which many are served by one process."""
 
-    def places(self, role: str) -> list[Bundle]:
-        return [bundle for bundle in self.bundles if bundle.role == role]
-
-    def start(self, process: type[Process], bundle: Bundle) -> Any:
+    def start(self, process: type[Process], place: Standing) -> Any:
         served: dict[tuple[str, int], Any] = self.group
-        key = (bundle.role, bundle.index % PROCESSES)
+        key = (place.role, place.index % PROCESSES)
         if key not in served:
             served[key] = ray.remote(num_cpus=0, concurrency_groups=THREADS)(Simulated).remote()
         return served[key]
@@ -140,12 +138,9 @@ def no_worker(setup: Any, ranks: Ranks) -> None:
 
 
 def made_driver(num_generators: int, num_rollouts: int, served: dict[tuple[str, int], Any]) -> PPODriver:
-    bundles = tuple(
-        Bundle(role, index, 0, 0)
-        for role, count in (("generator", num_generators), ("reward", 4), ("learner", 1))
-        for index in range(count)
-    )
-    placement = SharedProcesses(served, bundles, {})
+    counts = {"generator": num_generators, "reward": 4, "learner": 1}
+    planned = Plan.apart((role, 0, 1) for role, count in counts.items() for _ in range(count))
+    placement = SharedProcesses(served, planned, {})
     limits, reactor = ClusterConfig(), Reactor()
     recoveries = Recoveries(limit=1, note=print)
     setup = GeneratorSetup("", "", "", GeneratorConfig(max_new_tokens=TOKENS, max_num_seqs=64), "cpu", 0, False)

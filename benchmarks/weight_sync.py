@@ -201,7 +201,7 @@ def measure(millions: int, num_generators: int, *, rounds: int, bucket_mib: int)
 
         sender = WeightSender(manifest, num_receivers=num_generators, bucket_bytes=bucket_mib << 20)
         for number, pipe in enumerate(pipes):
-            pipe.send(("join", sender.receiver_info(1 + number)))
+            pipe.send(("join", [sender.receiver_info(1 + number)]))
         sender.connect()
         answers()
         parameters = dict(model.named_parameters())

@@ -19,6 +19,7 @@ from cluster.processes import SAMPLER, Placement, Process, answer, collect, in_g
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from cluster.sampling import Dealer, Order, Part, planned
+from cluster.turns import SAMPLING, OwnGPUs, Turns
 from conf.schema import ClusterConfig, ConfigError, GeneratorConfig
 
 SPARE = 2  # so many times `generator.max_num_seqs` requests a generator has at most: one half runs, one half waits
@@ -36,6 +37,7 @@ class GeneratorSetup:
     device: str
     seed: int
     trust_remote_code: bool
+    shares_gpus: bool = False  # with learner ranks, so that the engine has to be able to sleep
 
 
 class GeneratorProcess(Process):
@@ -63,6 +65,7 @@ class GeneratorProcess(Process):
                 tokenizer=setup.tokenizer,
                 stop_tokens_of=setup.policy_path,
                 trust_remote_code=setup.trust_remote_code,
+                shares_gpus=setup.shares_gpus,
             ),
             self.spans,
         )
@@ -98,8 +101,20 @@ class GeneratorProcess(Process):
                 yield chunk
                 yield number, tuple(RolloutInfo.of(member) for member in chunk)
 
-    def join_sync(self, info: dict[str, Any]) -> None:
-        self.loop.call(lambda: self.loop.generator.init_weight_transfer(info))
+    def join_sync(self, workers: Sequence[dict[str, Any]]) -> None:
+        self.loop.call(lambda: self.loop.generator.init_weight_transfer(workers))
+
+    @spanned
+    def sleep(self) -> None:
+        self.loop.call(self.loop.generator.sleep)
+
+    @spanned
+    def wake_weights(self) -> None:
+        self.loop.call(self.loop.generator.wake_weights)
+
+    @spanned
+    def wake(self) -> None:
+        self.loop.call(self.loop.generator.wake)
 
     @spanned
     def receive_weights(self, version: int) -> Metrics:
@@ -153,6 +168,7 @@ class GeneratorGroup:
             recoveries=recoveries,
             reactor=reactor,
         )
+        self.turns: Turns = OwnGPUs()
         self.restore: Callable[[], None] = lambda: None  # brings the current weights to all; set by the weight sync
         self._dealer = Dealer(enough_requests=SPARE * setup.config.max_num_seqs)
         self._streams: dict[Any, Stream] = {}
@@ -175,6 +191,7 @@ class GeneratorGroup:
             chunk_size=self.chunk_size,
             num_generators=len(self.members),
         )
+        self.turns.take(SAMPLING)
         order = Order(sampling, deliver, dict(enumerate(parts)), urgent=urgent)
         self._dealer.take(order)
         self._deal()
@@ -296,11 +313,27 @@ class GeneratorGroup:
         """Return rollouts that come from elsewhere, such as a checkpoint, as a chunk."""
         return Chunk(tuple(map(RolloutInfo.of, rollouts)), ray.put(list(rollouts)))
 
-    def join_sync(self, infos: Sequence[dict[str, Any]]) -> list[Any]:
+    def join_sync(self, infos: Sequence[Sequence[dict[str, Any]]]) -> list[Any]:
+        """Let every generator join; `infos` has for each of them what each of its processes needs."""
         return [handle.join_sync.remote(info) for handle, info in zip(self.members.handles, infos, strict=True)]
 
     def receive_weights(self, version: int) -> list[Any]:
         return [handle.receive_weights.remote(version) for handle in self.members.handles]
+
+    def all_turn(self, method: str) -> None:
+        """Let every generator sleep or wake; one that is lost in it is found when something is asked of it next."""
+        calls = {getattr(handle, method).remote(): who for who, handle in enumerate(self.members.handles)}
+        while calls:
+            done, lost = self.members.wait_or_lose(calls, timeout_s=self.limits.call_timeout_s)
+            for ref in done:
+                who = calls[ref]
+                try:
+                    answer(ref, who=f"generator {who}", what=method, timeout_s=self.limits.call_timeout_s)
+                except ProcessLostError as error:
+                    lost[who] = error.why
+            for who in lost:
+                self.members.end(who)
+            calls = {ref: who for ref, who in calls.items() if ref not in done and who not in lost}
 
     def memory(self) -> Metrics:
         return self.members.memory()

@@ -28,13 +28,14 @@ FREE_TO_CHANGE = (
 SMALL = 1 << 20  # bytes; a file below is read whole
 BLOCK, NUM_BLOCKS = 1 << 16, 64  # of a larger file, evenly spread, the first and the last among them
 WITHOUT_HORIZON = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedulers that do not ask for num_steps
-_FREE_SECTIONS = ("experiment", "run", "resume", "checkpoint", "tracking", "monitors", "cluster")
+_FREE_SECTIONS = ("experiment", "mode", "run", "resume", "checkpoint", "tracking", "monitors", "cluster")
 _FREE = {
     "generator": ("max_num_seqs", "kv_cache_mib", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"),
     "learner": ("offload_parameters", "nvme_path", "gradient_checkpointing", "micro_batch_tokens"),
+    "model": ("shape",),
     "reward": ("retries", "backoff_s"),
 }
-_FREE_OF_SOURCE = re.compile(r"reward\.sources\[\d+\]\.(timeout_s|concurrency|url)")
+_FREE_OF_SOURCE = re.compile(r"reward\.sources\[\d+\]\.(timeout_s|concurrency|url|shape)")
 _MISSING = object()
 
 

@@ -17,6 +17,7 @@ from cluster.members import LOOK_EVERY_S, Members, Patience
 from cluster.processes import WRITER, Placement, Process, answer, in_group, spanned
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
+from cluster.turns import LEARNING, OwnGPUs, Turns
 from conf.schema import ClusterConfig, ConfigError
 from learner.costs import Costs, passes_flops
 from learner.ranks import Ranks
@@ -60,6 +61,14 @@ class RankProcess(Process):
     ) -> None:
         self.worker = make(setup, Ranks(rank, world_size, *endpoint))
 
+    @spanned
+    def rest(self) -> None:
+        self.worker.rest()
+
+    @spanned
+    def rise(self) -> None:
+        self.worker.rise()
+
     def costs(self) -> Any:
         """Return what a pass of each network costs (learner.costs.Costs)."""
         return self.worker.networks.costs
@@ -102,13 +111,16 @@ class RankProcess(Process):
         kl: float = self.worker.kl_to_reference(scored_rollouts(places, chunks), temperature=temperature)
         return kl
 
-    def open_sync(self, dtype: str, num_receivers: int, bucket_bytes: int, timeout_s: float) -> list[dict[str, Any]]:
+    def open_sync(
+        self, dtype: str, wire: str, bucket_bytes: int, timeout_s: float, num_receivers: int
+    ) -> list[dict[str, Any]]:
         infos: list[dict[str, Any]] = self.worker.open_sync(
             dtype=dtype,
             num_receivers=num_receivers,
             bucket_bytes=bucket_bytes,
             host=ray.util.get_node_ip_address(),
             timeout_s=timeout_s,
+            wire=wire,
         )
         return infos
 
@@ -302,6 +314,7 @@ class LearnerGroup(RankGroup):
     _evaluations: dict[int, tuple[Chunk, Any]]  # by the chunk's identity; of the policy before the next update
 
     _costs: Costs | None  # of the networks' passes; None until it has been asked for
+    turns: Turns = OwnGPUs()
 
     def _start(self) -> list[Any]:
         self._coming, self._evaluations, self._costs = [], {}, None
@@ -337,6 +350,7 @@ class LearnerGroup(RankGroup):
     def update(
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
     ) -> Metrics:
+        self.turns.take(LEARNING)
         self._evaluate()
         evaluations, self._evaluations = self._evaluations, {}
         refs = []
@@ -349,6 +363,7 @@ class LearnerGroup(RankGroup):
         return metrics
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
+        self.turns.take(LEARNING)
         refs = []
         for handle, hand in zip(self.members.handles, hands, strict=True):
             chunks, places = addressed([[ShapedHandle(one, one.score, 0.0) for one in hand]])
@@ -357,11 +372,27 @@ class LearnerGroup(RankGroup):
         kl: float = self._settled(refs, what="learner evaluation")[0]
         return kl
 
-    def open_sync(self, *, dtype: str, num_receivers: int, bucket_bytes: int, timeout_s: float) -> list[dict[str, Any]]:
-        infos: list[dict[str, Any]] = self._all(
-            "open_sync", dtype, num_receivers, bucket_bytes, timeout_s, what="opening the sync"
-        )[0]
-        return infos
+    def open_sync(
+        self, *, dtype: str, wire: str, num_receivers: Sequence[int], bucket_bytes: int, timeout_s: float
+    ) -> list[list[dict[str, Any]]]:
+        """Return, for each rank, what each of its receivers needs to join; `num_receivers` has their number."""
+        refs = [
+            handle.open_sync.remote(dtype, wire, bucket_bytes, timeout_s, count)
+            for handle, count in zip(self.members.handles, num_receivers, strict=True)
+        ]
+        return self._settled(refs, what="opening the sync")
+
+    def export(self, folder: Path) -> None:
+        self.turns.take(LEARNING)
+        super().export(folder)
+
+    def rest(self) -> None:
+        """Let the ranks leave their GPUs to others."""
+        self._all("rest", what="leaving the GPUs")
+
+    def rise(self) -> None:
+        """Let the ranks come back to them; at once where they are."""
+        self._all("rise", what="coming back to the GPUs")
 
     def connect_sync(self) -> list[Any]:
         return [handle.connect_sync.remote() for handle in self.members.handles]

@@ -96,6 +96,7 @@ class Members:
         self._heartbeats = [Heartbeat(handle) for handle in self.handles]
         self._looked = time.monotonic()
         self._ended: set[int] = set()
+        self.make_room: Callable[[], None] = lambda: None  # for processes that are about to start anew
         self._beginning: dict[int, Any] = {}
         for index in range(len(self)):
             self._begin(index)
@@ -188,6 +189,7 @@ class Members:
         which = list(which)
         for index in which:
             self.end(index)
+        self.make_room()
         for index in which:
             self.handles[index] = self._in_place(index)
             self._ended.discard(index)
@@ -224,7 +226,7 @@ class Members:
         is tried again; a place whose node is gone is found anew by Ray, if there is another node for it.
         """
         begun = said = time.monotonic()
-        needs, limit_s = self.places[index].resources(), self.limits.replace_timeout_s
+        needs, limit_s = self._needs(index), self.limits.replace_timeout_s
         trouble, handle = "", None
         while True:
             if handle is None:
@@ -258,6 +260,10 @@ class Members:
                     f"{self.role} {index} waits for a place: it needs {needs} on one node, free now: {free(needs)}; "
                     f"the run gives up after {limit_s:g} s (cluster.replace_timeout_s){trouble}"
                 )
+
+    def _needs(self, index: int) -> dict[str, float]:
+        """Return what has to be on one node for a member to have its place."""
+        return self.placement.plan.bundle_of(self.places[index]).resources()
 
     def memory(self) -> Metrics:
         """Return the largest resident memory of a member so far, of those that answer at once."""

@@ -6,16 +6,19 @@ from actors.preflight import starts_at_reference
 from actors.reward_http import reward_token
 from actors.rollout import IntArray
 from actors.spans import Span
+from actors.weight_transport import HOST, IPC, NCCL
+from cluster.colocation import SharedGPUs
 from cluster.driver import Metrics
 from cluster.generators import GeneratorGroup, GeneratorSetup
 from cluster.learners import LearnerGroup
+from cluster.placement import COLOCATED
 from cluster.processes import Placement
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from cluster.rewards import RewardGroup, RewardSetup
 from cluster.run import Handover
 from cluster.weight_sync import VerifiedWeightSync
-from conf.schema import Config
+from conf.schema import ClusterConfig, Config
 from learner.networks import LearnerSetup
 from learner.worker import LearnerWorker
 
@@ -35,7 +38,14 @@ def start_generators(
     assert model.tokenizer is not None
     assert model.path is not None
     setup = GeneratorSetup(
-        model_path, model.path, model.tokenizer, config.generator, device, config.seed, model.trust_remote_code
+        model_path,
+        model.path,
+        model.tokenizer,
+        config.generator,
+        device,
+        config.seed,
+        model.trust_remote_code,
+        shares_gpus=config.cluster.placement == COLOCATED and "ppo" in config.stages,
     )
     return GeneratorGroup(
         placement,
@@ -81,27 +91,38 @@ class Partners:
         device: str,
         recoveries: Recoveries,
     ) -> None:
-        """Let all of them start; `wait_started` returns when they are up."""
+        """Let all of them start; `wait_started` returns when they are up. On shared GPUs the engines come first."""
         cluster, model = config.cluster, before.model
         assert model.path is not None
         setup = learner_setup(config, before, ptx_rows=ptx_rows, device=device)
         reactor = Reactor()
-        self.learners = LearnerGroup(
-            placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries, reactor=reactor
-        )
+        shared = cluster.placement == COLOCATED
+        if not shared:
+            self.learners = LearnerGroup(
+                placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries, reactor=reactor
+            )
         first = model.reference if model.reference is not None and starts_at_reference(config) else model.path
         self.generators = start_generators(
             config, before, placement, model_path=first, device=device, recoveries=recoveries, reactor=reactor
         )
+        if shared:  # an engine measures what is free on its GPU as it starts: before the ranks are there
+            self.generators.members.wait_begun()
+            self.generators.all_turn("sleep")
+            self.learners = LearnerGroup(
+                placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries, reactor=reactor
+            )
         self.rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries, reactor=reactor)
         self.sync = VerifiedWeightSync(
             self.learners,
             self.generators,
             dtype=config.generator.dtype,
-            processes_per_generator=config.generator.tensor_parallel_size,
+            routes=placement.plan.routes(config.generator.tensor_parallel_size),
+            wire=wire_of(device, cluster),
             bucket_bytes=cluster.sync_bucket_mib << 20,
             timeout_s=cluster.sync_timeout_s,
         )
+        if shared:
+            SharedGPUs(self.generators, self.learners, self.sync)
 
     def wait_started(self) -> None:
         """Return when all are up and the generators have joined the weight sync; a new learner is joined anew.
@@ -127,6 +148,13 @@ class Partners:
 
     def memory(self) -> Metrics:
         return self.learners.memory() | self.generators.memory() | self.rewards.memory()
+
+
+def wire_of(device: str, cluster: ClusterConfig) -> str:
+    """Return the transport of the weight sync: between CPUs, between GPUs, or between two processes on one."""
+    if device == "cpu":
+        return HOST
+    return IPC if cluster.placement == COLOCATED else NCCL
 
 
 def learner_setup(config: Config, before: Handover, *, ptx_rows: tuple[IntArray, ...], device: str) -> LearnerSetup:

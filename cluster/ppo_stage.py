@@ -20,6 +20,7 @@ from cluster.evaluation import EvaluationResult, Evaluator, signs
 from cluster.learners import LearnerGroup
 from cluster.monitors import alarm_lines, alarms
 from cluster.partners import Partners
+from cluster.placement import COLOCATED
 from cluster.report import before_and_after
 from cluster.roles import processes_of
 from cluster.rollouts import (
@@ -226,8 +227,11 @@ def rollouts_of(config: Config, prompts: Prompts, partners: Partners) -> Rollout
         prompts,
         partners.generators,
         partners.rewards,
-        # Of groups that may be left out none is evaluated in vain: the update does it.
-        evaluate=unheard if algorithm.filter_groups else partners.learners.evaluate,
+        # Of groups that may be left out none is evaluated in vain, and on shared GPUs nobody evaluates while others
+        # sample: the update does it.
+        evaluate=unheard
+        if algorithm.filter_groups or config.cluster.placement == COLOCATED
+        else partners.learners.evaluate,
         sampling=Sampling(
             num_samples=algorithm.samples_per_prompt,
             temperature=config.generator.temperature,

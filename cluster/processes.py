@@ -16,12 +16,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.spans import Span, SpanLog
 from cluster.faults import ProcessError, ProcessLostError, RolloutsLostError
-from cluster.placement import Bundle
+from cluster.placement import Place, Plan
 from conf.schema import ConfigError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 # Groups of calls that are answered beside the others, each in so many threads of its own.
 CONTROL, WRITER, SAMPLER = "control", "writer", "sampler"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = {CONTROL: 1, WRITER: 1, SAMPLER: 16}
 
 
@@ -69,35 +70,63 @@ class Process:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where processes may stand: the reserved group, its bundles, and what every process finds in its environment."""
+    """Where processes may stand: the reserved group, the plan, and what every process finds in its environment."""
 
     group: Any
-    bundles: tuple[Bundle, ...]
+    plan: Plan
     environment: dict[str, str]
-    started: dict[tuple[type[Process], Bundle], Any] = field(default_factory=dict)  # ahead, and not yet taken
+    timeout_s: float = 600.0  # until a bundle has to say which GPUs it has
+    started: dict[tuple[type[Process], Place], Any] = field(default_factory=dict)  # ahead, and not yet taken
 
-    def places(self, role: str) -> list[Bundle]:
-        return [bundle for bundle in self.bundles if bundle.role == role]
+    def places(self, role: str) -> list[Place]:
+        return self.plan.of(role)
 
     def start_ahead(self, processes: Mapping[str, type[Process]], device: str) -> None:
         """Let the processes that `start` will be asked for, by their roles, import what takes time; returns at once."""
-        for bundle in self.bundles:
-            process = processes[bundle.role]
-            handle = self.start(process, bundle)
+        for place in self.plan.places:
+            process = processes[place.role]
+            handle = self.start(process, place)
             handle.prepare.remote(device)
-            self.started[process, bundle] = handle
+            self.started[process, place] = handle
 
-    def start(self, process: type[Process], bundle: Bundle) -> Any:
-        """Return the handle of a new process in the place of the bundle, or of one that was started there ahead."""
-        if (process, bundle) in self.started:
-            return self.started.pop((process, bundle))
-        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles.index(bundle))
-        environment = self.environment if bundle.gpus else self.environment | {"OMP_NUM_THREADS": str(bundle.threads)}
+    def start(self, process: type[Process], place: Place) -> Any:
+        """Return the handle of a new process in its place, or of one that was started there ahead."""
+        if (process, place) in self.started:
+            return self.started.pop((process, place))
+        environment, num_gpus = self.environment, len(place.gpus)
+        if not place.gpus:
+            environment = environment | {"OMP_NUM_THREADS": str(place.threads)}
+        elif not self.plan.has_own_gpus(place):  # Ray has no words for several processes on the same several GPUs
+            ids = self.gpu_ids(place.bundle)
+            environment = environment | {VISIBLE: ",".join(ids[gpu] for gpu in place.gpus)}
+            num_gpus = 0  # which leaves what the environment says alone
         return (
-            ray.remote(num_cpus=bundle.cpus, num_gpus=bundle.gpus, concurrency_groups=THREADS)(process)
-            .options(scheduling_strategy=strategy, runtime_env={"env_vars": environment})
+            ray.remote(num_cpus=1, num_gpus=num_gpus, concurrency_groups=THREADS)(process)
+            .options(scheduling_strategy=self._within(place.bundle), runtime_env={"env_vars": environment})
             .remote()
         )
+
+    def gpu_ids(self, bundle: int) -> list[str]:
+        """Return the ids of the GPUs that a bundle has on its node, where nobody has been given them by Ray.
+
+        Asked of the bundle itself, each time, since Ray may have moved it to another node.
+
+        Raises:
+            ProcessLostError: it does not say.
+        """
+        whole = ray.remote(num_cpus=0, num_gpus=self.plan.bundles[bundle].gpus, max_retries=0)(own_gpu_ids)
+        asked = whole.options(scheduling_strategy=self._within(bundle)).remote()
+        ids: list[str] = answer(asked, who=f"bundle {bundle}", what="asking for GPUs", timeout_s=self.timeout_s)
+        return ids
+
+    def _within(self, bundle: int) -> PlacementGroupSchedulingStrategy:
+        return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=bundle)
+
+
+def own_gpu_ids() -> list[str]:
+    """Return the ids of the GPUs that Ray has given to this task."""
+    ids: list[str] = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return ids
 
 
 def collect(refs: Sequence[Any], *, what: str, timeout_s: float) -> list[Any]:

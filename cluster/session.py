@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray.exceptions import AuthenticationError
 
-from cluster.placement import plan, reserve
+from cluster.placement import nodes_of, plan, reserve
 from cluster.processes import Placement, Process
 from cluster.ray_access import check_reachable, own_token, refusal
 from cluster.signals import kept_from_children
@@ -30,6 +30,7 @@ class Session:
     generator: GeneratorConfig
     device: str  # cpu | cuda
     has_room: bool  # for the processes of two stages at a time
+    rewards_on_gpus: bool = True  # whether reward actors hold models
     _ahead: dict[tuple[str, ...], Placement] = field(default_factory=dict, init=False)  # by their roles
 
     @contextmanager
@@ -52,9 +53,16 @@ class Session:
             self._ahead[tuple(processes)] = placement
 
     def _reserved(self, processes: Mapping[str, type[Process]]) -> Placement:
-        bundles = plan(self.cluster, self.generator, device=self.device, roles=tuple(processes))
-        group = reserve(bundles, timeout_s=self.cluster.start_timeout_s)
-        return Placement(group, bundles, process_environment(self.device))
+        limit_s = self.cluster.start_timeout_s
+        planned = plan(
+            self.cluster,
+            self.generator,
+            device=self.device,
+            roles=tuple(processes),
+            rewards_on_gpus=self.rewards_on_gpus,
+        )
+        group = reserve(planned, timeout_s=limit_s)
+        return Placement(group, planned.in_node_order(nodes_of(group)), process_environment(self.device), limit_s)
 
 
 def process_environment(device: str) -> dict[str, str]:
@@ -76,7 +84,9 @@ def python_path() -> str:
 
 
 @contextmanager
-def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[Session]:
+def ray_session(
+    cluster: ClusterConfig, generator: GeneratorConfig, *, rewards_on_gpus: bool = True
+) -> Iterator[Session]:
     """Attach to `cluster.address` or RAY_ADDRESS, else start a cluster of its own; end it on leaving.
 
     On a machine with fewer cores than the run has processes, a cluster of its own counts one core for each all the
@@ -89,7 +99,8 @@ def ray_session(cluster: ClusterConfig, generator: GeneratorConfig) -> Iterator[
     device = chosen_device(cluster)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     with _started(cluster, generator, device) if address is None else _joined(address):
-        yield Session(cluster, generator, device, has_room=address is None and device == "cpu")
+        has_room = address is None and device == "cpu"
+        yield Session(cluster, generator, device, has_room=has_room, rewards_on_gpus=rewards_on_gpus)
 
 
 @contextmanager
@@ -101,7 +112,7 @@ def _started(cluster: ClusterConfig, generator: GeneratorConfig, device: str) ->
         try:
             _init(
                 address="local",
-                num_cpus=max(os.cpu_count() or 1, len(processes) + cluster.num_learners),
+                num_cpus=max(os.cpu_count() or 1, len(processes.places) + cluster.num_learners),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES if device == "cpu" else None,
             )

@@ -1,8 +1,9 @@
 """Learner weights into every generator: one verified, versioned operation.
 
-The learner gathers a layer group at a time and rank 0 broadcasts it; every generator receives, loads and verifies it
-(actors/weight_receiver.py). Both sides run at once, so neither is waited for alone. A generator that is lost in it, or
-whose update failed, is replaced, and the whole is done again.
+The learner gathers a layer group at a time, and rank 0 sends it to every generator, or each rank to the one that it
+shares a GPU with; every generator receives, loads and verifies it (actors/weight_receiver.py). Both sides run at once,
+so neither is waited for alone. A generator that is lost in it, or whose update failed, is replaced, and the whole is
+done again.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cluster.generators import WRONG_AGAIN, GeneratorGroup
 from cluster.learners import LearnerGroup
 from cluster.members import Members, Patience
 from cluster.processes import reason
+from cluster.turns import SAMPLING, SYNCING, OwnGPUs, Turns
 
 LOOK_S = 0.2  # how long one side is looked at before the other
 GRACE_S = 10.0  # who waits for another longer than the timeout has this long to say so itself
@@ -53,16 +55,19 @@ class VerifiedWeightSync:
         generators: GeneratorGroup,
         *,
         dtype: str,
-        processes_per_generator: int,
+        routes: Sequence[Sequence[int]],
+        wire: str,
         bucket_bytes: int,
         timeout_s: float,
     ) -> None:
+        """`routes` has for each generator the rank that sends to each of its processes; `wire` is the transport's."""
         self.learners, self.generators = learners, generators
-        self.dtype, self.processes_per_generator, self.timeout_s = dtype, processes_per_generator, timeout_s
+        self.dtype, self.routes, self.wire, self.timeout_s = dtype, routes, wire, timeout_s
         self.bucket_bytes = bucket_bytes
         self.measured: Metrics = {}  # in the last update: of each figure the largest that anyone had
         self.version: int | None = None  # what every generator holds; None: what it started from
         self.untouched = True  # no generator has been sent anything
+        self.turns: Turns = OwnGPUs()
         generators.restore = self.restore
 
     def connect(self) -> None:
@@ -70,6 +75,7 @@ class VerifiedWeightSync:
 
         Raises as `push` does.
         """
+        self.turns.take(SYNCING)
         self._repeated(Failures, what="joining the weight sync")
 
     def push(self, version: int) -> Metrics:
@@ -80,30 +86,39 @@ class VerifiedWeightSync:
             ProcessError: generators had to be replaced too often, or the learner failed by itself.
         """
         start = time.perf_counter()
+        self.turns.take(SYNCING)
         failures = self._sent(version)
         if failures:
             self._mend(failures, what=f"weight sync of version {version}")
             self._repeated(lambda: self._sent(version), what=f"weight sync of version {version}, repeated")
         self.version = version
         seconds = time.perf_counter() - start
-        return self.measured | {
-            "sync/version": float(version),
-            "sync/bytes_per_s": self.measured["sync/bytes"] / seconds,
-            "timing/weight_sync_s": seconds,
-        }
+        self.turns.take(SAMPLING)
+        return (
+            self.measured
+            | self.turns.metrics()
+            | {
+                "sync/version": float(version),
+                "sync/bytes_per_s": self.measured["sync/bytes"] / seconds,
+                "timing/weight_sync_s": seconds,
+            }
+        )
 
     def restore(self) -> None:
         """Bring generators that are new, or have a new learner, to the weights that the others hold."""
         version = self.version
+        self.turns.take(SYNCING)
         if version is None:
             self.connect()
         else:
             self._repeated(lambda: self._sent(version), what=f"weight sync of version {version}, restored")
+        self.turns.take(SAMPLING)
 
     def _repeated(self, send: Callable[[], Failures], *, what: str) -> None:
         """Connect and send, until nobody fails in it; whoever does is replaced, as often as is allowed."""
         while failures := self._joined() or send():
             self._mend(failures, what=what)
+            self.turns.take(SYNCING)
 
     def _mend(self, failures: Failures, *, what: str) -> None:
         """Replace the generators that failed; raise where it is the learner, or would be the same again."""
@@ -117,16 +132,17 @@ class VerifiedWeightSync:
 
     def _joined(self) -> Failures:
         self.generators.members.renew_dead()  # nobody can join without all
-        count = len(self.generators.members)
+        senders = [rank for route in self.routes for rank in route]
         infos = self.learners.open_sync(
             dtype=self.dtype,
-            num_receivers=count * self.processes_per_generator,
+            wire=self.wire,
+            num_receivers=[senders.count(rank) for rank in range(self.learners.num_ranks)],
             bucket_bytes=self.bucket_bytes,
             timeout_s=self.timeout_s,
         )
-        return self._together(
-            self.generators.join_sync(infos[:: self.processes_per_generator]), self.learners.connect_sync()
-        )
+        seats = [iter(of_rank) for of_rank in infos]
+        joining = [[next(seats[rank]) for rank in route] for route in self.routes]
+        return self._together(self.generators.join_sync(joining), self.learners.connect_sync())
 
     def _sent(self, version: int) -> Failures:
         self.untouched = False

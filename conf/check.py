@@ -5,6 +5,7 @@ Raises ConfigError within milliseconds; actors.preflight opens the files. Standa
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from conf.schema import Config, ConfigError
 from conf.schema.rules import without_effect
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for what `ray job submit` starts
 CHECKPOINTS = "checkpoints"  # in a run folder
 RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", CHECKPOINTS, "export")
 
@@ -22,6 +24,7 @@ def check(config: Config) -> None:
     _check_data(config)
     _check_reward(config)
     _check_algorithm(config)
+    _check_cluster(config)
     _check_evaluation(config)
     _check_paths(config)
     _check_resume(config)
@@ -162,6 +165,33 @@ def _check_algorithm(config: Config) -> None:
         raise ConfigError("reward.shaping.overlong_tokens", shaping.overlong_tokens, remedy)
 
 
+def _check_cluster(config: Config) -> None:
+    """What sharing GPUs asks of the other sections."""
+    cluster = config.cluster
+    if cluster.placement != "colocated" or "ppo" not in config.stages:
+        return
+    check_even(cluster.num_generators, config.generator.tensor_parallel_size, cluster.num_learners)
+    if config.algorithm.max_staleness:
+        remedy = "generators and learner take turns on their GPUs with cluster.placement=colocated; set it to 0"
+        raise ConfigError("algorithm.max_staleness", config.algorithm.max_staleness, remedy)
+
+
+def check_even(num_generators: int, tensor_parallel_size: int, num_learners: int) -> None:
+    """Raise ConfigError unless every GPU that is shared has a learner rank and a part of a generator."""
+    if num_generators * tensor_parallel_size == num_learners:
+        return
+    even = num_learners // tensor_parallel_size
+    remedy = (
+        f"with cluster.placement=colocated each GPU has a learner rank and a part of a generator: num_generators x "
+        f"generator.tensor_parallel_size={tensor_parallel_size} must equal cluster.num_learners={num_learners}; "
+    )
+    if even and num_learners % tensor_parallel_size == 0:
+        remedy += f"set cluster.num_generators={even}"
+    else:
+        remedy += f"set cluster.num_learners={num_generators * tensor_parallel_size}"
+    raise ConfigError("cluster.num_generators", num_generators, remedy)
+
+
 def named_paths(config: Config) -> dict[str, str | None]:
     """Every setting that names a model or data, by its key: a file, a folder, a name on the hub, or None."""
     model, data = config.model, config.data
@@ -225,6 +255,11 @@ def _check_resume(config: Config) -> None:
 
 def _check_run_dir(config: Config) -> None:
     """Raises ConfigError for a folder that is a file, or holds a run that this one does not resume."""
+    if JOB in os.environ and (config.run.dir is None or not Path(config.run.dir).is_absolute()):
+        remedy = (
+            "a job runs in a copy of the project that Ray deletes; name a whole path, on a disk that all nodes share"
+        )
+        raise ConfigError("run.dir", config.run.dir, remedy)
     if config.run.dir is None:
         return
     folder = Path(config.run.dir)

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from conf.schema import ModelConfig
-from learner import models, zero
+from learner import zero
 from learner.experience import Batch, Experience, Values
+from learner.exports import export
 from learner.models import PolicyOutput
 from learner.ppo import LossTerms, clipped_value_loss
 from learner.steps import backward, blank_pass
@@ -79,7 +80,7 @@ class SeparateCritic(Critic):
 
     def export(self, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:
         """Write `critic`, a Hugging Face checkpoint with one label."""
-        models.export(self.engine.module.model, folder / "critic", dtype=dtype, settings=settings, keep=keep)
+        export(self.engine.module.model, folder / "critic", dtype=dtype, settings=settings, keep=keep)
 
 
 class SharedCritic(Critic):

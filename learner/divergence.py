@@ -89,9 +89,10 @@ class JudgeWorker:
         )
 
     def _frozen(self, path: str) -> Any:
-        model = models.load_causal_lm(
-            path,
-            attn_implementation=self.setup.model.attn_implementation,
-            trust_remote_code=self.setup.model.trust_remote_code,
-        )
+        with zero.partitioned_loading(self.setup.learner, device=self.setup.device):
+            model = models.load_causal_lm(
+                path,
+                attn_implementation=self.setup.model.attn_implementation,
+                trust_remote_code=self.setup.model.trust_remote_code,
+            )
         return zero.frozen_engine(models.PolicyModel(model), self.setup.learner, device=self.setup.device)

@@ -72,6 +72,10 @@ class PolicyEMA:
         for name, parameter in self._parameters.items():
             parameter.ds_tensor.copy_(shards[name])
 
+    def tensors(self) -> list[Tensor]:
+        """Return the memory of this rank's part."""
+        return list(self._averages.values())
+
     def shards(self) -> dict[str, Shard]:
         """Return this rank's part of the average by parameter name, to read and to write; updates change it."""
         return {name: shard_of(self._parameters[name], average) for name, average in self._averages.items()}

@@ -8,7 +8,7 @@ around it. Only the names of its parameters change, and only here is that known:
     model = lora.adapted(model, settings, seed=..., task=lora.CAUSAL_LM)    before the engine is made
     with lora.switched_off(model): ...                                      forward passes of the reference
     zero.manifest(model, dtype), zero.gathered_groups(model, manifest), zero.full_state(model, dtype=...)
-    models.save_pretrained(model, state, folder, ...)                       an ordinary checkpoint, merged
+    exports.export(model, folder, ...)                                      an ordinary checkpoint, merged
     lora.save_adapter(model, folder, keep=...)                              the adapter alone, in PEFT's format
 
 The functions of `zero` serve models with and without adapters, and see the merged model under its plain names.

@@ -8,14 +8,12 @@ vocabulary projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from conf.schema import ConfigError, ModelConfig
-from learner import zero
+from conf.schema import ConfigError
 from learner.distribution import SampledFrom, logprobs_and_entropy
 from learner.experience import Batch
 from learner.packing import checked, flat_states, in_chunks, of_states, register
@@ -196,23 +194,3 @@ def initial_causal_lm(folder: str, *, seed: int, attn_implementation: str) -> An
     config = checked_causal(AutoConfig.from_pretrained(folder), folder)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
     return checked(model, folder)
-
-
-def export(model: Any, folder: Path, *, dtype: str, settings: ModelConfig, keep: bool) -> None:
-    """Write a partitioned Hugging Face model as a checkpoint to `folder`, adapters merged, on the rank that keeps it.
-
-    A collective. `settings` name the tokenizer that goes with it.
-    """
-    state = zero.full_state(model, dtype=dtype, keep=keep)
-    if keep:
-        save_pretrained(model, state, folder, settings=settings)
-
-
-def save_pretrained(model: Any, state: dict[str, Tensor], folder: Path, *, settings: ModelConfig) -> None:
-    """Write a Hugging Face checkpoint (safetensors, config, tokenizer) of the gathered `state` to `folder`."""
-    from transformers import AutoTokenizer
-
-    model.save_pretrained(folder, state_dict=state)
-    assert settings.tokenizer is not None
-    tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer, trust_remote_code=settings.trust_remote_code)
-    tokenizer.save_pretrained(folder)

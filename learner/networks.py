@@ -109,11 +109,12 @@ def make_networks(setup: LearnerSetup) -> Networks:
 
 
 def load_policy(setup: LearnerSetup, path: str) -> Any:
-    return models.load_causal_lm(
-        path,
-        attn_implementation=setup.model.attn_implementation,
-        trust_remote_code=setup.model.trust_remote_code,
-    )
+    with zero.partitioned_loading(setup.learner, device=setup.device):
+        return models.load_causal_lm(
+            path,
+            attn_implementation=setup.model.attn_implementation,
+            trust_remote_code=setup.model.trust_remote_code,
+        )
 
 
 def frozen_reference(setup: LearnerSetup) -> FrozenReference:
@@ -127,11 +128,12 @@ def frozen_reference(setup: LearnerSetup) -> FrozenReference:
 def critic_engine(setup: LearnerSetup) -> Any:
     """Return the engine of a critic of its own."""
     assert setup.critic_path is not None, "checked with the settings"
-    model = models.load_scalar_model(
-        setup.critic_path,
-        attn_implementation=setup.model.attn_implementation,
-        trust_remote_code=setup.model.trust_remote_code,
-    )
+    with zero.partitioned_loading(setup.learner, device=setup.device):
+        model = models.load_scalar_model(
+            setup.critic_path,
+            attn_implementation=setup.model.attn_implementation,
+            trust_remote_code=setup.model.trust_remote_code,
+        )
     return zero.trained_engine(
         models.CriticModel(model),
         setup.learner,

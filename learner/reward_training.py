@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learner import lora, models
+from learner import lora, models, zero
 from learner.packing import flat_states
 from learner.ppo import last_position
 from learner.supervised import Sequences, SupervisedWorker, pad_sequences, to_device
@@ -64,9 +64,10 @@ class RewardModelWorker(SupervisedWorker):
     def network(self, adapted: Callable[[Any, str], Any]) -> nn.Module:
         model = self.setup.model
         assert model.path is not None
-        start = models.load_scalar_model(
-            model.path, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
-        )
+        with zero.partitioned_loading(self.setup.learner, device=self.setup.device):
+            start = models.load_scalar_model(
+                model.path, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
+            )
         return RewardTrainingModel(adapted(start, lora.SEQ_CLS))
 
     def loss(self, rows: Sequence[Pair]) -> tuple[Tensor, dict[str, float]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from learner import lora, models
+from learner import lora, models, zero
 from learner.packing import flat_states, in_chunks, of_states
 from learner.supervised import Sequences, SupervisedWorker, pad_sequences, to_device
 
@@ -67,9 +67,10 @@ class SFTWorker(SupervisedWorker):
             start = models.initial_causal_lm(model.init_config, seed=self.setup.seed, attn_implementation=attention)
         else:
             assert model.path is not None
-            start = models.load_causal_lm(
-                model.path, attn_implementation=attention, trust_remote_code=model.trust_remote_code
-            )
+            with zero.partitioned_loading(self.setup.learner, device=self.setup.device):
+                start = models.load_causal_lm(
+                    model.path, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+                )
         return SFTModel(adapted(start, lora.CAUSAL_LM))
 
     def loss(self, rows: Sequence[Example]) -> tuple[Tensor, dict[str, float]]:

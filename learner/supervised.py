@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from conf.schema import LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner import checkpoint, lora, models, zero
+from learner import checkpoint, lora, zero
 from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
+from learner.exports import export
 from learner.packing import is_padded
 from learner.ranks import Ranks
 
@@ -164,7 +165,7 @@ class SupervisedWorker:
     def export(self, folder: Path) -> None:
         """Write the network as a Hugging Face checkpoint. A collective."""
         dtype, keep = self.setup.learner.dtype, self.ranks.rank == 0
-        models.export(self.engine.module.model, folder, dtype=dtype, settings=self.setup.model, keep=keep)
+        export(self.engine.module.model, folder, dtype=dtype, settings=self.setup.model, keep=keep)
 
     def _adapted(self, model: Any, task: str) -> Any:
         if self.setup.lora.rank is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actors.weight_transport import Transport, join, open_store
+from actors.weight_transport import HOST, Transport, join, open_store
 from actors.weights import Bucket, Manifest, WeightMeta, buckets_of, bytes_of, checksum, checksum_kind
 
 
@@ -47,26 +47,28 @@ class WeightSender:
         num_receivers: int,
         bucket_bytes: int,
         device: str = "cpu",
+        wire: str = HOST,
         host: str = "127.0.0.1",
         timeout: float = 300.0,
     ) -> None:
         """Opens the rendezvous on a free port of `host`, which the receivers must be able to reach.
 
-        `device` is where the tensors will be: it decides on the checksum.
+        `device` is where the tensors will be: it decides on the checksum. `wire` is as `weight_transport.join` has it.
         """
         self._manifest = manifest
         self._bucket_bytes = bucket_bytes
         self._buckets = {
             index: list(buckets) for index, buckets in groupby(buckets_of(manifest, bucket_bytes), lambda b: b.group)
         }
-        self._checksum = checksum_kind(torch.device(device))
+        self._device, self._wire = torch.device(device), wire
+        self._checksum = checksum_kind(self._device)
         self._world_size = 1 + num_receivers
         self._timeout = timeout
         self._store = open_store(host, None, timeout=timeout)
         self._transport: Transport | None = None
 
     def receiver_info(self, rank: int) -> dict[str, Any]:
-        """What a generator needs to join; its first process takes `rank`, the rest of its tensor-parallel ones follow.
+        """What one process of a generator needs to join as `rank`.
 
         Receivers have the ranks 1 to `num_receivers`. Plain data: it may travel between processes.
         """
@@ -78,6 +80,7 @@ class WeightSender:
             "world_size": self._world_size,
             "timeout": self._timeout,
             "bucket_bytes": self._bucket_bytes,
+            "wire": self._wire,
             "checksum": self._checksum,
             "manifest": self._manifest.to_plain(),
         }
@@ -92,6 +95,8 @@ class WeightSender:
                 world_size=self._world_size,
                 timeout=self._timeout,
                 bucket_bytes=self._bucket_bytes,
+                wire=self._wire,
+                device=self._device,
             )
         except RuntimeError as error:
             who = f"{self._world_size - 1} receivers did not all join the weight sync within {self._timeout:g} s"
@@ -128,7 +133,7 @@ class WeightSender:
             with times.adding("wait_s"):
                 transport.settle()
                 stage = "the checksums"
-                trailer = torch.tensor([*checksums, version], dtype=torch.int64, device=transport.device)
+                trailer = torch.tensor([*checksums, version], dtype=torch.int64)
                 transport.broadcast(trailer)
         except Exception as error:
             self.close()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from actors.rollout import Rollout, ScoredRollout
+from actors.weight_transport import HOST
 from actors.weights import Manifest
 from learner import checkpoint, lora, models, zero
 from learner.batching import micro_batches
@@ -23,12 +25,14 @@ from learner.costs import passes_flops
 from learner.describe import describe
 from learner.divergence import mean_kl
 from learner.experience import Batch, Evaluation, RolloutEvaluation, apart, blank_batch, collate, together
+from learner.exports import export
 from learner.flops import matrix_rate
-from learner.networks import LearnerSetup, make_networks
+from learner.networks import FrozenReference, LearnerSetup, make_networks
 from learner.packing import is_padded
 from learner.phases import EVALUATION, Phases
 from learner.preparation import Preparation, whitened
 from learner.ranks import Ranks
+from learner.resting import Rest
 from learner.training import Training
 from learner.weight_sender import WeightSender
 
@@ -199,17 +203,21 @@ class LearnerWorker:
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def open_sync(
-        self, *, dtype: str, num_receivers: int, bucket_bytes: int, host: str, timeout_s: float
+        self, *, dtype: str, num_receivers: int, bucket_bytes: int, host: str, timeout_s: float, wire: str = HOST
     ) -> list[dict[str, Any]]:
-        """Open the rendezvous of the weight sync; return what each receiver needs to join, from rank 0 alone."""
-        self.manifest = zero.manifest(self.policy.module.model, dtype)
-        if self.ranks.rank != 0:
+        """Open the rendezvous of the weight sync with this rank's receivers; return what each needs to join.
+
+        Every rank must be asked, if only for none.
+        """
+        self.manifest, self.sender = zero.manifest(self.policy.module.model, dtype), None
+        if num_receivers == 0:
             return []
         self.sender = WeightSender(
             self.manifest,
             num_receivers=num_receivers,
             bucket_bytes=bucket_bytes,
-            device=self.setup.device,
+            device="cuda:0" if self.device.type == "cuda" else "cpu",  # the one that this process sees
+            wire=wire,
             host=host,
             timeout=timeout_s,
         )
@@ -221,13 +229,13 @@ class LearnerWorker:
             self.sender.connect()
 
     def send_weights(self, version: int) -> dict[str, float]:
-        """Send the policy's weights, merged, to every receiver. A collective: all ranks gather, rank 0 sends.
+        """Send the policy's weights, merged, to this rank's receivers. A collective: all ranks gather.
 
         Returns:
-            how many bytes, and where rank 0's time went: metrics, on rank 0 alone.
+            how many bytes, and where the time went: metrics, of a rank that sends.
 
         Raises:
-            RuntimeError: on rank 0 alone: a receiver is lost or late. The ranks are together all the same.
+            RuntimeError: a receiver of this rank is lost or late. The ranks are together all the same.
         """
         assert self.manifest is not None, "open_sync comes first"
         groups = zero.gathered_groups(self.policy.module.model, self.manifest)
@@ -244,6 +252,23 @@ class LearnerWorker:
         finally:
             for _ in groups:  # the other ranks are in the middle of it, whatever has become of the sending
                 pass
+
+    # --- GPUs that are shared with generators ----------------------------------------------------------------------
+
+    def rest(self) -> None:
+        """Leave the GPU to others, with everything that is kept between updates on the host. A collective."""
+        self._rest.begin()
+
+    def rise(self) -> None:
+        """Come back to the GPU. A collective."""
+        self._rest.end()
+
+    @cached_property
+    def _rest(self) -> Rest:
+        reference, average = self.networks.reference, self.networks.average
+        engines = [*self._engines.values(), *([reference.engine] if isinstance(reference, FrozenReference) else [])]
+        averages = [] if average is None else average.tensors()
+        return Rest(engines, averages, self.device)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -274,10 +299,10 @@ class LearnerWorker:
         """
         model, average = self.policy.module.model, self.networks.average
         settings, dtype, keep = self.setup.model, self.setup.learner.dtype, self.ranks.rank == 0
-        models.export(model, folder / "policy", dtype=dtype, settings=settings, keep=keep)
+        export(model, folder / "policy", dtype=dtype, settings=settings, keep=keep)
         if average is not None:
             with average.swapped_in():
-                models.export(model, folder / "policy_ema", dtype=dtype, settings=settings, keep=keep)
+                export(model, folder / "policy_ema", dtype=dtype, settings=settings, keep=keep)
         if lora.is_adapted(model):
             lora.save_adapter(model, folder / "adapter", keep=keep)
         self.networks.critic.export(folder, dtype=dtype, settings=settings, keep=keep)

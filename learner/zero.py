@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -129,6 +130,23 @@ def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+@contextmanager
+def partitioned_loading(learner: LearnerConfig, *, device: str) -> Iterator[None]:
+    """Let transformers load models inside the block so that each rank has its shards alone. A collective.
+
+    A module is partitioned as soon as it is made; rank 0 reads the weights, of one module at a time, and the others are
+    sent them. Models come in the dtype of `learner.dtype`, which is what an engine makes of them anyway.
+    """
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # transformers looks at the newest of these that is alive.
+    config = HfDeepSpeedConfig(deepspeed_config(learner, None, device=device, num_ranks=dist.get_world_size()))
+    try:
+        yield
+    finally:
+        del config
+
+
 def trained_engine(
     model: nn.Module, learner: LearnerConfig, optimizer: OptimizerConfig, *, device: str, num_updates: int
 ) -> Any:
@@ -148,6 +166,7 @@ def trained_engine(
     if learner.gradient_checkpointing:
         hugging_face: Any = model.model
         hugging_face.gradient_checkpointing_enable({"use_reentrant": False})
+    _cast_the_rest(model, learner)
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
@@ -164,6 +183,7 @@ def frozen_engine(model: nn.Module, learner: LearnerConfig, *, device: str) -> A
     import deepspeed
 
     model.requires_grad_(False)
+    _cast_the_rest(model, learner)
     engine, *_ = deepspeed.initialize(
         model=model,
         config=deepspeed_config(learner, None, device=device, num_ranks=dist.get_world_size()),
@@ -171,6 +191,13 @@ def frozen_engine(model: nn.Module, learner: LearnerConfig, *, device: str) -> A
     )
     engine.eval()
     return engine
+
+
+def _cast_the_rest(model: nn.Module, learner: LearnerConfig) -> None:
+    """Bring what was added to a partitioned model, such as a value head, to its dtype, as DeepSpeed asks for."""
+    for parameter in model.parameters():
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(getattr(torch, learner.dtype))
 
 
 def finite_grad_norm(engine: Any, name: str) -> float:

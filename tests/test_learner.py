@@ -41,9 +41,12 @@ Checkpoints = dict[str, str]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return checkpoints_in(tmp_path_factory.mktemp("checkpoints"))
+
+
+def checkpoints_in(folder: Path) -> Checkpoints:
     from transformers import AutoModelForSequenceClassification
 
-    folder = tmp_path_factory.mktemp("checkpoints")
     paths = {name: str(tiny_checkpoint(folder / name, seed=i)) for i, name in enumerate(("policy", "reference", "lm"))}
     torch.manual_seed(0)
     critic = AutoModelForSequenceClassification.from_pretrained(paths["lm"], num_labels=1, dtype=torch.float32)

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from actors.weights import manifest_of
 from conf.schema import ConfigError, LearnerConfig, LoraConfig, ModelConfig, OptimizerConfig
-from learner import lora, models
+from learner import lora
+from learner.exports import export
 from learner.ranks import Ranks
 from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
@@ -145,8 +146,8 @@ def train(ranks: Ranks, case: Case, folder: Path, out: Path) -> dict[str, Any]:
     on, off, trained = say(adapters=True), say(adapters=False), whole_parameters(model)
     state = zero.full_state(model, dtype="float32", keep=ranks.rank == 0)
     lora.save_adapter(model, out / "adapter", keep=ranks.rank == 0)
-    if ranks.rank == 0:
-        models.save_pretrained(model, state, out / "merged", settings=ModelConfig(tokenizer=str(folder)))
+    settings = ModelConfig(tokenizer=str(folder))
+    export(model, out / "merged", dtype="float32", settings=settings, keep=ranks.rank == 0)
     return {
         "same_manifest": zero.manifest(model, "float32") == manifest,
         "changed": {name for name in raw if not np.array_equal(raw[name], trained[name])},

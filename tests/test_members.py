@@ -15,7 +15,7 @@ import ray
 
 from cluster.faults import ProcessError, ProcessLostError
 from cluster.members import Members, Patience
-from cluster.placement import Bundle, reserve
+from cluster.placement import Plan, reserve
 from cluster.processes import Placement, Process
 from cluster.recoveries import Recoveries
 from cluster.session import process_environment
@@ -42,8 +42,8 @@ class Worker(Process):
 @pytest.fixture(scope="module")
 def placement() -> Iterator[Placement]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    bundles = (Bundle("reward", 0, 1, 0), Bundle("reward", 1, 1, 0))
-    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment("cpu"))
+    planned = Plan.apart([("reward", 0, 1)] * 2)
+    yield Placement(reserve(planned, timeout_s=30), planned, process_environment("cpu"))
     ray.shutdown()
 
 
@@ -138,7 +138,7 @@ def test_one_that_finds_no_place_is_given_up_and_says_what_it_needs(
     members = make(limits=replace(LIMITS, replace_timeout_s=4.0))
     members.wait_begun()
     members.end(0)
-    squatter = placement.start(Worker, placement.bundles[0])
+    squatter = placement.start(Worker, placement.plan.places[0])
     try:
         assert ray.get(squatter.ping.remote(), timeout=120)
         with pytest.raises(ProcessLostError, match=r"finds no place again within 4 s .*needs \{'CPU': 1.0\}"):

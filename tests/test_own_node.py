@@ -11,7 +11,7 @@ import ray
 
 from cluster.faults import ProcessLostError
 from cluster.members import Members
-from cluster.placement import Bundle, reserve
+from cluster.placement import Plan, reserve
 from cluster.processes import Placement, Process
 from cluster.recoveries import Recoveries
 from cluster.session import process_environment
@@ -32,8 +32,8 @@ def raylet() -> Iterator[int]:
 
 
 def test_a_driver_whose_node_is_lost_gives_up_at_once_and_says_what_to_do(raylet: int) -> None:
-    bundles = (Bundle("reward", 0, 1, 0),)
-    placement = Placement(reserve(bundles, timeout_s=60), bundles, process_environment("cpu"))
+    planned = Plan.apart([("reward", 0, 1)])
+    placement = Placement(reserve(planned, timeout_s=60), planned, process_environment("cpu"))
     recoveries = Recoveries(limit=2, note=lambda text: None)
     members = Members(placement, Process, "reward", begin=None, limits=LIMITS, recoveries=recoveries)
     assert ray.get(members.handles[0].ping.remote(), timeout=120)

@@ -14,7 +14,7 @@ import ray
 
 from cluster.faults import LearnersLostError, ProcessError
 from cluster.learners import RankGroup
-from cluster.placement import Bundle, reserve
+from cluster.placement import Plan, reserve
 from cluster.processes import Placement
 from cluster.recoveries import Recoveries
 from cluster.session import process_environment
@@ -50,8 +50,8 @@ class Pretender:
 @pytest.fixture(scope="module")
 def placement() -> Iterator[Placement]:
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    bundles = (Bundle("learner", 0, 1, 0), Bundle("learner", 1, 1, 0))
-    yield Placement(reserve(bundles, timeout_s=30), bundles, process_environment("cpu"))
+    planned = Plan.apart([("learner", 0, 1)] * 2)
+    yield Placement(reserve(planned, timeout_s=30), planned, process_environment("cpu"))
     ray.shutdown()
 
 

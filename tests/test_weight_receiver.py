@@ -56,7 +56,8 @@ class Pair:
     def connect(self, *, timeout: float = TIMEOUT) -> None:
         self.sender = WeightSender(self.manifest, num_receivers=self.num_workers, bucket_bytes=BUCKET, timeout=timeout)
         with alongside(self.sender.connect):
-            self.generator.init_weight_transfer(self.sender.receiver_info(1))
+            workers = [self.sender.receiver_info(1 + number) for number in range(self.num_workers)]
+            self.generator.init_weight_transfer(workers)
 
     def change_weights(self, seed: int) -> None:
         """Move every parameter by about half its size, to values that the generator's dtype can hold."""
@@ -466,7 +467,7 @@ class TestGoodUpdates:
         changed = with_meta(shared_pair.manifest, name, *change(meta))
         sender = WeightSender(changed, num_receivers=1, bucket_bytes=BUCKET, timeout=TIMEOUT)
         with pytest.raises(ValueError, match=message):
-            shared_pair.generator.init_weight_transfer(sender.receiver_info(1))
+            shared_pair.generator.init_weight_transfer([sender.receiver_info(1)])
         shared_pair.sample()  # nothing has been touched
 
 

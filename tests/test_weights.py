@@ -192,10 +192,14 @@ def test_manifest_reads_the_shape_that_zero3_keeps_beside_an_empty_parameter() -
     assert next(iter(manifest_of(model, "float32"))).shape == (2, 3)
 
 
+# Where buckets are; for IPC written as a GPU is, with its number.
+DEVICES = {"nccl": torch.device("cpu"), "ipc": torch.device("cpu", 0)}
+
+
 def joined(info: dict[str, Any]) -> Transport:
     store = open_store(info["host"], info["port"], timeout=info["timeout"])
-    names = ("rank", "world_size", "timeout", "bucket_bytes")
-    return join(store, **{name: info[name] for name in names})
+    names = ("rank", "world_size", "timeout", "bucket_bytes", "wire")
+    return join(store, **{name: info[name] for name in names}, device=DEVICES.get(info["wire"]))
 
 
 class Receiver(threading.Thread):
@@ -430,7 +434,10 @@ def send_to_nobody(ranks: Ranks, path: str) -> tuple[str | None, dict[str, Any]]
 
     setup = make_setup("grpo, clip-higher, mask", {"policy": path, "reference": path, "critic": path})
     worker = LearnerWorker(setup, ranks)
-    infos = worker.open_sync(dtype="float32", num_receivers=1, bucket_bytes=1 << 20, host="127.0.0.1", timeout_s=10.0)
+    only_rank_0 = int(ranks.rank == 0)
+    infos = worker.open_sync(
+        dtype="float32", num_receivers=only_rank_0, bucket_bytes=1 << 20, host="127.0.0.1", timeout_s=10.0
+    )
     leaving = [threading.Thread(target=lambda info=info: joined(info).close()) for info in infos]
     for thread in leaving:
         thread.start()

@@ -21,7 +21,7 @@ from conf.schema.engines import (
     OptimizerConfig,
 )
 from conf.schema.reward import RewardConfig, RewardSourceConfig, ShapingConfig
-from conf.schema.rules import ConfigError, at_least
+from conf.schema.rules import ConfigError, at_least, one_of
 from conf.schema.watching import EvaluationConfig, MonitorConfig, TrackingConfig
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "TrackingConfig",
 ]
 STAGES = ("sft", "reward", "ppo", "eval")
+MODES = ("run", "plan")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class Config:
     experiment: str = "default"
+    mode: str = "run"  # | plan: say where everything would stand and whether it fits, and stop
     stages: tuple[str, ...] = ("ppo",)
     seed: int = 0
     resume: str = "never"  # | auto: the newest whole checkpoint in run.dir, or a start | a checkpoint or a run folder
@@ -83,6 +85,7 @@ class Config:
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             remedy = f"name one or more of {', '.join(STAGES)}, in this order, each once"
             raise ConfigError("stages", list(self.stages), remedy)
+        one_of("mode", self.mode, MODES)
         at_least("seed", self.seed, 0)
         if self.resume == "auto" and self.run.dir is None:
             remedy = "name the folder in run.dir; the same command then starts the run and resumes it"

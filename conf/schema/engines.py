@@ -20,6 +20,7 @@ SCHEDULERS = (
 )
 DEVICES = ("auto", "cpu", "cuda")
 CRITICS = ("separate", "shared")
+PLACEMENTS = ("disaggregated", "colocated")
 # What vLLM can do and a run must not: settings that are asked for, and why there are none.
 _NOT_COMPUTED = "the learner cannot compute the log-probabilities of what vLLM would sample then; leave it out"
 REFUSED = {
@@ -57,6 +58,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)  # of the policy in the ppo stage
     attn_implementation: str = "packed"  # no padding; or a name that transformers knows, such as sdpa: padded batches
     trust_remote_code: bool = False
+    shape: dict[str, Any] = field(default_factory=dict)  # what config.json says, for mode=plan without the checkpoint
 
     def __post_init__(self) -> None:
         self.lora.check("model.lora")
@@ -166,9 +168,15 @@ class LearnerConfig:
 class ClusterConfig:
     address: str | None = None  # None: RAY_ADDRESS if it is set, else a cluster of its own on this machine
     device: str = "auto"  # auto: cuda where torch finds it, else cpu
+    placement: str = "disaggregated"  # | colocated: generators and learner ranks take turns on the same GPUs
     num_generators: int = 1
     num_rewards: int = 1
     num_learners: int = 1
+    num_nodes: int = 1  # this and the next four: what mode=plan counts with; a run asks Ray what there is
+    node_cpus: int | None = None
+    node_gpus: int | None = None
+    gpu_memory_gib: float | None = None
+    node_memory_gib: float | None = None
     threads: int = 1  # OpenMP threads of each CPU process
     learner_threads: int | None = None  # of each learner rank, None: threads
     start_timeout_s: float = 600.0  # until every actor has to be up
@@ -182,10 +190,15 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         one_of("cluster.device", self.device, DEVICES)
-        for name in ("num_generators", "num_rewards", "num_learners", "threads", "sync_bucket_mib"):
+        one_of("cluster.placement", self.placement, PLACEMENTS)
+        for name in ("num_generators", "num_rewards", "num_learners", "num_nodes", "threads", "sync_bucket_mib"):
             at_least(f"cluster.{name}", getattr(self, name), 1)
-        if self.learner_threads is not None:
-            at_least("cluster.learner_threads", self.learner_threads, 1)
+        for name in ("learner_threads", "node_cpus", "node_gpus"):
+            if getattr(self, name) is not None:
+                at_least(f"cluster.{name}", getattr(self, name), 1)
+        for name in ("gpu_memory_gib", "node_memory_gib"):
+            if getattr(self, name) is not None:
+                above(f"cluster.{name}", getattr(self, name), 0)
         for name in ("start_timeout_s", "call_timeout_s", "sync_timeout_s", "replace_timeout_s", "grace_s"):
             above(f"cluster.{name}", getattr(self, name), 0)
         if self.sync_timeout_s >= self.call_timeout_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 from conf.schema.engines import DTYPES
 from conf.schema.rules import ConfigError, above, at_least, finite, module_function, one_of, without_effect
@@ -16,7 +17,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _TAKEN = ("score", "shaped", "running", "penalty", "response_length")  # reward/<name>_mean or eval/<name>_mean is there
 # The settings of a source that belong to one type alone.
 _SETTINGS = {
-    "model": ("path", "engine", "chat_template", "dtype", "max_batch_tokens"),
+    "model": ("path", "engine", "chat_template", "dtype", "max_batch_tokens", "shape"),
     "function": ("function",),
     "verifier": ("verifier",),
     "http": ("url", "format", "model", "timeout_s", "concurrency"),
@@ -37,6 +38,7 @@ class RewardSourceConfig:
     chat_template: bool | None = None  # None: render with the reward model's template if it has one
     dtype: str = "float32"
     max_batch_tokens: int = 16_384  # padded tokens in one forward pass
+    shape: dict[str, Any] = field(default_factory=dict)  # as model.shape
     # function
     function: str | None = None  # module:function, called as actors.reward_function.RewardFunction says
     # verifier
@@ -134,3 +136,8 @@ class RewardConfig:
         for number, label in enumerate(labels):
             if label in labels[:number]:
                 raise ConfigError(f"reward.sources[{number}].name", label, "another source has it; name them apart")
+
+    @property
+    def holds_model(self) -> bool:
+        """Whether a reward actor holds a network, if only the one that a reward stage makes."""
+        return not self.sources or any(source.type == "model" for source in self.sources)

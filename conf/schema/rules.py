@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 
@@ -49,7 +49,8 @@ def without_effect(section: Any, prefix: str, names: Sequence[str], why: str) ->
 
     `why` completes "has no effect", for example "without algorithm.kl_target".
     """
-    defaults = {item.name: item.default for item in fields(section)}
+    made = {item.name: item.default_factory for item in fields(section) if item.default_factory is not MISSING}
+    defaults = {item.name: item.default for item in fields(section)} | {name: make() for name, make in made.items()}
     for name in names:
         if getattr(section, name) != defaults[name]:
             raise ConfigError(f"{prefix}.{name}", getattr(section, name), f"has no effect {why}")

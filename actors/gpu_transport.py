@@ -1,0 +1,123 @@
+"""The wires between GPUs: NCCL, and CUDA IPC where both processes are on one GPU.
+
+Each is one adapter to the pinned vLLM 0.32 or torch 2.13, read in their sources, and not yet run on a GPU. What uses
+them (buckets, checksums, meetings over gloo) is what the tests run on CPUs.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.weight_transport import GlooGroup, SharedMemoryTransport, StatelessSeat
+
+LOOK_S = 0.0005  # how often a transfer on a GPU is looked at
+DEVICE_ARGUMENT = 6  # among those of torch's rebuild_cuda_tensor: the GPU by the number that it has for this process
+
+
+def nccl_transport(group: GlooGroup, seat: StatelessSeat, *, bucket_bytes: int, device: torch.device) -> NcclTransport:
+    """Join a communicator of vLLM's, apart from any that the engine or DeepSpeed have: one GPU for each rank."""
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    meeting = StatelessProcessGroup(rank=seat.rank, world_size=seat.world_size, store=seat.store)
+    before = torch.cuda.current_stream(device)
+    communicator = PyNcclCommunicator(meeting, device=device)
+    torch.cuda.set_stream(before)  # which vLLM replaces by one of its own
+    if not group.agreed(communicator.available):
+        raise RuntimeError("NCCL could not be loaded by the learner or by a generator")
+    return NcclTransport(group, communicator, bucket_bytes)
+
+
+class NcclTransport:
+    """Buckets by NCCL on a stream of their own. All meet over gloo before each, so that NCCL waits for nobody."""
+
+    def __init__(self, group: GlooGroup, communicator: Any, bucket_bytes: int) -> None:
+        self.device: torch.device = communicator.device
+        self._group, self._communicator, self._bucket_bytes = group, communicator, bucket_bytes
+        self._stream = torch.cuda.Stream(self.device)
+        self._slots: list[Tensor] = []
+        self._turn = 0
+        self._sending: Any = None  # the event after a transfer
+
+    def slot(self) -> Tensor:
+        if len(self._slots) <= self._turn:
+            self._slots.append(torch.empty(self._bucket_bytes, dtype=torch.uint8, device=self.device))
+        return self._slots[self._turn]
+
+    def settle(self) -> None:
+        if self._sending is not None:
+            event, self._sending = self._sending, None
+            self._wait(event)
+
+    def send(self, num_bytes: int) -> None:
+        self.settle()
+        self._sending = self._begun(self.slot()[:num_bytes])
+        self._turn = 1 - self._turn
+
+    def receive(self, num_bytes: int) -> Tensor:
+        message = self.slot()[:num_bytes]  # one slot: vLLM has taken the last bucket in
+        self._wait(self._begun(message))
+        return message
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.settle()
+        self._group.broadcast(tensor)
+
+    def close(self) -> None:
+        self._sending = None
+        self._communicator.destroy()
+        self._group.close()
+
+    def _begun(self, message: Tensor) -> Any:
+        """Let rank 0's message be sent, when all are here and this GPU has done what came before; return its event."""
+        self._group.agreed(True)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._communicator.broadcast(message, src=0, stream=self._stream)
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def _wait(self, event: Any) -> None:
+        """Return when a transfer is done. Raises RuntimeError if it is not within the group's timeout."""
+        deadline = time.monotonic() + self._group.timeout_s
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"a bucket was not transferred by NCCL within {self._group.timeout_s:g} s")
+            time.sleep(LOOK_S)
+
+
+def ipc_transport(group: GlooGroup, *, rank: int, bucket_bytes: int, device: torch.device) -> SharedMemoryTransport:
+    """Share memory of the GPU that the learner rank and the generator's process are both on, as vLLM's "ipc" does.
+
+    Raises:
+        RuntimeError: they are on different GPUs.
+    """
+    from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+    own = str(torch.cuda.get_device_properties(device).uuid)
+    memory = torch.zeros(2 * bucket_bytes, dtype=torch.uint8, device=device) if rank == 0 else None
+    said = _told(group, None if memory is None else pickle.dumps((own, reduce_tensor(memory)[1])))
+    theirs, arguments = pickle.loads(said)
+    if not group.agreed(theirs == own):
+        raise RuntimeError(f"the learner rank is on GPU {theirs} and the generator's process on another, such as {own}")
+    if memory is None:
+        whole = list(arguments)
+        whole[DEVICE_ARGUMENT] = device.index
+        memory = rebuild_cuda_tensor(*whole)
+    return SharedMemoryTransport(group, memory)
+
+
+def _told(group: GlooGroup, words: bytes | None) -> bytes:
+    """Return what rank 0 has to say, which the others give as None."""
+    length = torch.tensor([0 if words is None else len(words)], dtype=torch.int64)
+    group.broadcast(length)
+    content = torch.empty(int(length), dtype=torch.uint8)
+    if words is not None:
+        content = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    group.broadcast(content)
+    return bytes(content.tolist())

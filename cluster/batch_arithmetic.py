@@ -1,0 +1,93 @@
+"""How the batches of a run divide, and what they come to. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from conf.schema import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One figure of a run, what is to be said of it, and what cannot work."""
+
+    what: str
+    value: str
+    remark: str = ""
+    error: ConfigError | None = None
+
+
+def batch_arithmetic(config: Config) -> list[Finding]:
+    """Return the sizes of batches, in rollouts, with the nearest value that divides for each that does not."""
+    algorithm, cluster, generator = config.algorithm, config.cluster, config.generator
+    train, mini = algorithm.train_batch_size, algorithm.mini_batch_size
+    ranks, generators = cluster.num_learners, cluster.num_generators
+    longest = config.data.max_prompt_tokens + generator.max_new_tokens
+    if generator.max_model_len is not None:
+        longest = min(longest, generator.max_model_len)
+    budget = config.learner.micro_batch_tokens
+    in_micro = max(budget // longest, 1)
+    per_rank = -(-mini // ranks)
+    updates = algorithm.num_steps * algorithm.ppo_epochs * algorithm.num_mini_batches
+    rollouts = algorithm.num_steps * train
+    chunk = config.reward.batch_size
+    too_few = None
+    if ranks > mini:
+        why = f"a mini-batch of {mini} rollouts leaves ranks without any; set it to {mini} or less"
+        too_few = ConfigError("cluster.num_learners", ranks, why)
+    return [
+        Finding(
+            "train batch",
+            f"{train:,}",
+            f"{algorithm.prompts_per_step} prompts x {algorithm.samples_per_prompt} samples, a step",
+        ),
+        Finding("mini-batches", str(algorithm.num_mini_batches), f"of {mini}, one optimizer step each"),
+        Finding("of a mini-batch, a rank has", _share(mini, ranks), _uneven(mini, ranks, "learner ranks"), too_few),
+        Finding(
+            "micro-batches of it",
+            f"1 to {-(-per_rank // in_micro)}",
+            f"of at most {budget:,} tokens: {in_micro} of the longest sequences ({longest:,} tokens)"
+            + ("; one of these is longer than learner.micro_batch_tokens" if longest > budget else ""),
+        ),
+        Finding(
+            "of a train batch, a generator has", _share(train, generators), _uneven(train, generators, "generators")
+        ),
+        Finding(
+            "at a time, a generator samples",
+            f"{min(generator.max_num_seqs, -(-train // generators)):,}",
+            f"generator.max_num_seqs={generator.max_num_seqs}",
+        ),
+        Finding(
+            "chunks",
+            f"{-(-train // chunk):,}",
+            f"of {chunk} rollouts, scored and evaluated together" + _fewer(train, chunk, generators, ranks),
+        ),
+        Finding("optimizer steps of the run", f"{updates:,}", f"{algorithm.num_steps:,} steps of the loop"),
+        Finding(
+            "rollouts of the run", f"{rollouts:,}", f"at most {rollouts * generator.max_new_tokens:,} response tokens"
+        ),
+    ]
+
+
+def _share(count: int, among: int) -> str:
+    low, high = count // among, -(-count // among)
+    return str(low) if low == high else f"{low} or {high}"
+
+
+def _uneven(count: int, among: int, who: str) -> str:
+    """Return the nearest number that divides evenly, if this one does not."""
+    if count % among == 0:
+        return f"{among} {who}"
+    low, high = count - count % among, count - count % among + among
+    near = low if low and count - low <= high - count else high
+    return f"{among} {who} do not divide {count}: some wait for others; the nearest that they divide is {near}"
+
+
+def _fewer(train: int, chunk: int, generators: int, ranks: int) -> str:
+    chunks = -(-train // chunk)
+    if chunks < generators:
+        return f"; fewer than generators: cut smaller, into {-(-train // generators)}"
+    if chunks < 2 * ranks:
+        smaller = max(train // (2 * ranks), 1)
+        return f"; fewer than two a rank, of which few are evaluated early; reward.batch_size={smaller} makes more"
+    return ""
