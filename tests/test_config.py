@@ -194,7 +194,7 @@ def test_the_saved_yaml_gives_the_same_config_back() -> None:
         ("reward.path=x", "reward.path='x': there is no such setting; did you mean 'reward.sources=[{path: ...}]'?"),
         ("verifier=x", "did you mean 'reward.sources=[{verifier: ...}]' or evaluation.verifier?"),
         ("run_dir=x", "run_dir='x': there is no such setting; did you mean run.dir?"),
-        ("modell=3", "modell=3: there is no such setting; did you mean model?"),
+        ("rewrd=3", "rewrd=3: there is no such setting; did you mean reward?"),
         ("data.task.params={1: a}", "data.task.params.1=None: Key 1 (int) is incompatible with (str)"),
         ("hydra.run.dir=x", "hydra.run.dir='x': Hydra's own settings have no effect here; run.dir=PATH"),
         ("~algorithm.clip_eps", "'~algorithm.clip_eps'"),
