@@ -21,8 +21,8 @@ from tests.test_big_models import MIB, Peak
 
 pytestmark = pytest.mark.ranks
 
-PROMPT, RESPONSE, ROLLOUTS = 32, 32, 16
-BUDGET = 512  # tokens of a micro-batch
+PROMPT, RESPONSE, ROLLOUTS = 32, 32, 8
+BUDGET = 256  # tokens of a micro-batch
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def free_cores(address: str) -> float:
 
 def test_submit_follow_stop_and_go_on(head: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "algorithm.num_steps=5", "checkpoint.every=1"]
+    words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "algorithm.num_steps=20", "checkpoint.every=5"]
     name, submitted = submit(head, *words, wait=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     reached_it = wait_for(lambda: reached(run_dir, "ppo", 2), seconds=300)
@@ -106,7 +106,7 @@ def test_submit_follow_stop_and_go_on(head: str, tmp_path: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["experiment"] == "quickstart"
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["stage"] == "ppo"] == list(range(6)), "each step once"
+    assert [row["step"] for row in rows if row["stage"] == "ppo"] == list(range(21)), "each step once"
 
 
 def test_a_mistake_ends_the_job_with_its_message(head: str) -> None:
