@@ -11,6 +11,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,21 +31,29 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@dataclass(frozen=True)
+class Head:
+    """A head node: where jobs are submitted to, and where its cluster is joined."""
+
+    jobs: str
+    cluster: str
+
+
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Yield the address of the job server of a head node; it is a child of this process, and dies with the tests."""
-    port = free_port()
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    """Yield a head node; it is a child of this process, and is ended with the tests."""
+    port, gcs = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: a path of a socket has a limit
         log = (tmp_path_factory.mktemp("head") / "log").open("w")
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={free_port()}", f"--temp-dir={folder}",
+            [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", f"--temp-dir={folder}",
              f"--dashboard-port={port}", f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"],
             env=os.environ | ENVIRONMENT | OPEN, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             address = f"http://127.0.0.1:{port}"
             assert wait_for(lambda: job(address, "list").returncode == 0, seconds=120), Path(log.name).read_text()
-            yield address
+            yield Head(address, f"127.0.0.1:{gcs}")
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
@@ -76,30 +85,34 @@ def status(address: str, name: str) -> str:
     return done.stdout.strip()
 
 
-def free_cores(address: str) -> float:
+def free_cores(head: Head) -> float:
     """Return how many of the cluster's cores nobody has reserved."""
-    code = "import ray; ray.init(logging_level='ERROR'); print('CORES', ray.available_resources().get('CPU', 0.0))"
-    done = job(address, "submit", "--", sys.executable, "-c", f'"{code}"')
-    line = next((line for line in done.stdout.splitlines() if line.startswith("CORES")), "CORES nan")
-    return float(line.split()[1])
+    code = (
+        f"import ray; ray.init({head.cluster!r}, logging_level='ERROR', log_to_driver=False); "
+        "print('CORES', ray.available_resources().get('CPU', 0.0))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | OPEN, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split("CORES")[1])
 
 
-def test_submit_follow_stop_and_go_on(head: str, tmp_path: Path) -> None:
+def test_submit_follow_stop_and_go_on(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "algorithm.num_steps=20", "checkpoint.every=5"]
-    name, submitted = submit(head, *words, wait=False)
+    name, submitted = submit(head.jobs, *words, wait=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     reached_it = wait_for(lambda: reached(run_dir, "ppo", 2), seconds=300)
-    assert reached_it, job(head, "logs", name).stdout
-    followed = job(head, "logs", name).stdout
+    assert reached_it, job(head.jobs, "logs", name).stdout
+    followed = job(head.jobs, "logs", name).stdout
     assert "sft" in followed, "its log is what a terminal would show"
-    assert job(head, "stop", name).returncode == 0
-    assert wait_for(lambda: status(head, name) == "STOPPED", seconds=90)
-    assert "everything up to here is saved" in job(head, "logs", name).stdout
+    assert job(head.jobs, "stop", name).returncode == 0
+    assert wait_for(lambda: status(head.jobs, name) == "STOPPED", seconds=90)
+    assert "everything up to here is saved" in job(head.jobs, "logs", name).stdout
     assert wait_for(lambda: free_cores(head) == 4.0, seconds=120), "what a job has reserved goes with it"
     assert not (run_dir / "summary.json").exists()
 
-    _, again = submit(head, *words)
+    _, again = submit(head.jobs, *words)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "going on from" in again.stdout
     assert "succeeded" in again.stdout + again.stderr
@@ -109,8 +122,8 @@ def test_submit_follow_stop_and_go_on(head: str, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if row["stage"] == "ppo"] == list(range(21)), "each step once"
 
 
-def test_a_mistake_ends_the_job_with_its_message(head: str) -> None:
-    _, done = submit(head, *SMALL, "run.dir=runs/here")
+def test_a_mistake_ends_the_job_with_its_message(head: Head) -> None:
+    _, done = submit(head.jobs, *SMALL, "run.dir=runs/here")
     assert done.returncode == 1, "as ray says of every job that failed"
     assert "run.dir='runs/here': a job runs in a copy of the project that Ray deletes" in done.stdout + done.stderr
 
