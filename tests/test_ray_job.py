@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ENVIRONMENT, PROJECT, SMALL, reached, wait_for
+from tests.runs import ENVIRONMENT, PROJECT, SMALL, metrics_of, reached, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.system]
 
@@ -99,16 +99,16 @@ def free_cores(head: Head) -> float:
 
 def test_submit_follow_stop_and_go_on(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "algorithm.num_steps=20", "checkpoint.every=5"]
+    words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "sft.num_steps=400", "checkpoint.every=5"]
     name, submitted = submit(head.jobs, *words, wait=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    reached_it = wait_for(lambda: reached(run_dir, "ppo", 2), seconds=300)
+    reached_it = wait_for(lambda: reached(run_dir, "sft", 5), seconds=300)
     assert reached_it, job(head.jobs, "logs", name).stdout
-    followed = job(head.jobs, "logs", name).stdout
-    assert "sft" in followed, "its log is what a terminal would show"
     assert job(head.jobs, "stop", name).returncode == 0
     assert wait_for(lambda: status(head.jobs, name) == "STOPPED", seconds=90)
-    assert "everything up to here is saved" in job(head.jobs, "logs", name).stdout
+    log = job(head.jobs, "logs", name).stdout
+    assert "sft" in log, "what a terminal would show"
+    assert "everything up to here is saved" in log
     assert wait_for(lambda: free_cores(head) == 4.0, seconds=120), "what a job has reserved goes with it"
     assert not (run_dir / "summary.json").exists()
 
@@ -116,10 +116,13 @@ def test_submit_follow_stop_and_go_on(head: Head, tmp_path: Path) -> None:
     assert again.returncode == 0, again.stdout + again.stderr
     assert "going on from" in again.stdout
     assert "succeeded" in again.stdout + again.stderr
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["experiment"] == "quickstart"
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["stage"] == "ppo"] == list(range(21)), "each step once"
+    assert json.loads((run_dir / "summary.json").read_text())["experiment"] == "quickstart"
+    steps = [(row["stage"], row["step"]) for row in metrics_of(run_dir)]
+    assert steps == [
+        *(("sft", step) for step in range(1, 401)),
+        *(("reward", step) for step in range(1, 4)),
+        *(("ppo", step) for step in range(4)),
+    ], "each step once"
 
 
 def test_a_mistake_ends_the_job_with_its_message(head: Head) -> None:
