@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import ray
@@ -18,6 +19,8 @@ from cluster.processes import Placement, Process, answer, spanned
 from cluster.reactor import Reactor
 from cluster.recoveries import Recoveries
 from conf.schema import ClusterConfig, RewardConfig
+
+AT_ONCE = 256  # calls that are waited for together
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ class Questions:
         self.members, self.method, self.limits, self.what = members, method, limits, what
         self.chunks: list[Chunk] = []
         self._calls: dict[Any, Question] = {}
+        self._open: dict[Any, int] = {}  # calls that were not answered when last looked at, and who was asked
 
     def ask(self, chunk: Chunk) -> None:
         """Ask about a chunk; returns at once."""
@@ -167,8 +171,9 @@ class Questions:
         """
         answers: dict[int, Any] = {}
         while self._calls:
+            oldest = islice(self._calls.items(), AT_ONCE)  # who looks at all of them looks too often at each
             done, lost = self.members.wait_or_lose(
-                {ref: question.who for ref, question in self._calls.items()}, timeout_s=self.limits.call_timeout_s
+                {ref: question.who for ref, question in oldest}, timeout_s=self.limits.call_timeout_s
             )
             for ref in done:
                 asked = self._calls[ref]
@@ -192,10 +197,12 @@ class Questions:
         handle = self.members.handles[who]
         ref = getattr(handle, self.method).remote(self.chunks[number].payload)
         self._calls[ref] = Question(number, who, handle)
+        self._open[ref] = who
 
     def _least_asked(self, number: int) -> int:
         """Return who has the fewest to answer; of several, each in turn."""
-        count, calls = len(self.members), list(self._calls)
-        answered = set(ray.wait(calls, num_returns=len(calls), timeout=0)[0]) if calls else set()
-        load = Counter(question.who for ref, question in self._calls.items() if ref not in answered)
+        count, calls = len(self.members), list(self._open)
+        for ref in ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else ():
+            del self._open[ref]
+        load = Counter(self._open.values())
         return min(range(count), key=lambda who: (load[who], (who - number) % count))
