@@ -23,6 +23,7 @@ class Counting:
         self.fail_at: int | None = None
         self.held = threading.Event()
         self.held.set()
+        self.awake = True
 
     def check_lengths(self, requests: list[int]) -> None:
         if any(request < 1 for request in requests):
@@ -108,3 +109,22 @@ def test_what_making_the_engine_raises_is_raised() -> None:
 
     with pytest.raises(FileNotFoundError, match="no such model"):
         EngineLoop(broken, SpanLog())
+
+
+def test_an_engine_that_sleeps_takes_no_steps_and_goes_on_when_it_wakes() -> None:
+    loop, engine = made()
+
+    def sleep(awake: bool) -> int:
+        engine.awake = awake
+        return engine.steps
+
+    loop.call(lambda: sleep(False))
+    found: list[tuple[int, object]] = []
+    thread = threading.Thread(target=lambda: found.extend(loop.sample([3, 1])), daemon=True)  # type: ignore[list-item]
+    thread.start()
+    while loop.call(lambda: len(engine.left)) < 2:
+        pass
+    assert loop.call(lambda: engine.steps) == loop.call(lambda: sleep(True)) == 0
+    thread.join(20)
+    assert sorted(place for place, _ in found) == [0, 1]
+    assert engine.steps == 3
