@@ -6,7 +6,7 @@ them (buckets, checksums, meetings over gloo) is what the tests run on CPUs.
 
 from __future__ import annotations
 
-import pickle
+import json
 import time
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 from actors.weight_transport import GlooGroup, SharedMemoryTransport, StatelessSeat
 
 LOOK_S = 0.0005  # how often a transfer on a GPU is looked at
-DEVICE_ARGUMENT = 6  # among those of torch's rebuild_cuda_tensor: the GPU by the number that it has for this process
+# Among the arguments of torch's rebuild_cuda_tensor: the GPU, by the number that it has for this process; and those from
+# there on, which say where the memory is. Those before say what the tensor is, which both sides know.
+DEVICE_ARGUMENT, HANDLE = 6, 7
 
 
 def nccl_transport(group: GlooGroup, seat: StatelessSeat, *, bucket_bytes: int, device: torch.device) -> NcclTransport:
@@ -101,15 +103,27 @@ def ipc_transport(group: GlooGroup, *, rank: int, bucket_bytes: int, device: tor
 
     own = str(torch.cuda.get_device_properties(device).uuid)
     memory = torch.zeros(2 * bucket_bytes, dtype=torch.uint8, device=device) if rank == 0 else None
-    said = _told(group, None if memory is None else pickle.dumps((own, reduce_tensor(memory)[1])))
-    theirs, arguments = pickle.loads(said)
+    words = None
+    if memory is not None:
+        words = json.dumps([own, *map(_plain, reduce_tensor(memory)[1][HANDLE:])]).encode()
+    theirs, *handle = json.loads(_told(group, words))
     if not group.agreed(theirs == own):
         raise RuntimeError(f"the learner rank is on GPU {theirs} and the generator's process on another, such as {own}")
     if memory is None:
-        whole = list(arguments)
-        whole[DEVICE_ARGUMENT] = device.index
-        memory = rebuild_cuda_tensor(*whole)
+        storage = type(torch.empty(0, dtype=torch.uint8)._typed_storage())
+        size = torch.Size([2 * bucket_bytes])
+        what = (Tensor, size, (1,), 0, storage, torch.uint8, device.index)
+        memory = rebuild_cuda_tensor(*what, *map(_given, handle))
     return SharedMemoryTransport(group, memory)
+
+
+def _plain(argument: Any) -> Any:
+    """Return bytes as something that JSON can hold, anything else as it is."""
+    return {"hex": argument.hex()} if isinstance(argument, bytes) else argument
+
+
+def _given(argument: Any) -> Any:
+    return bytes.fromhex(argument["hex"]) if isinstance(argument, dict) else argument
 
 
 def _told(group: GlooGroup, words: bytes | None) -> bytes:

@@ -20,7 +20,7 @@ import torch.multiprocessing.reductions as reductions
 from torch import Tensor
 from vllm.distributed.device_communicators import pynccl, pynccl_wrapper
 
-from actors.gpu_transport import DEVICE_ARGUMENT, NcclTransport
+from actors.gpu_transport import DEVICE_ARGUMENT, HANDLE, NcclTransport
 from actors.weight_transport import IPC, NCCL, SharedMemoryTransport
 from actors.weights import Manifest, checksum
 from learner.weight_sender import WeightSender
@@ -208,13 +208,16 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def reduce_tensor(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
         exported["memory"] = tensor
-        return None, tuple("memory" if name == "storage_handle" else None for name in names)
+        return None, tuple(b"\x00memory" if name == "storage_handle" else 0 for name in names)
 
     def rebuild_cuda_tensor(*arguments: Any) -> Tensor:
         of = dict(zip(names, arguments, strict=True))
         assert of["storage_device"] == DEVICES[IPC].index
         gpu["imported"] += 1
-        return exported[of["storage_handle"]]
+        assert of["storage_handle"] == b"\x00memory"
+        assert of["dtype"] == torch.uint8
+        assert of["tensor_size"].numel() == exported["memory"].numel()
+        return exported["memory"]
 
     monkeypatch.setattr(reductions, "reduce_tensor", reduce_tensor)
     monkeypatch.setattr(reductions, "rebuild_cuda_tensor", rebuild_cuda_tensor)
@@ -230,6 +233,7 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_torch_takes_the_device_where_it_is_put() -> None:
     names = list(inspect.signature(reductions.rebuild_cuda_tensor).parameters)
     assert names[DEVICE_ARGUMENT] == "storage_device"
+    assert names[HANDLE] == "storage_handle"
     from vllm.distributed.weight_transfer import ipc_engine
 
     assert f"list_args[{DEVICE_ARGUMENT}] = device_index" in inspect.getsource(ipc_engine), "as vLLM does"
