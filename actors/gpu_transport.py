@@ -16,8 +16,8 @@ from torch import Tensor
 from actors.weight_transport import GlooGroup, SharedMemoryTransport, StatelessSeat
 
 LOOK_S = 0.0005  # how often a transfer on a GPU is looked at
-# Among the arguments of torch's rebuild_cuda_tensor: the GPU, by the number that it has for this process; and those from
-# there on, which say where the memory is. Those before say what the tensor is, which both sides know.
+# Among the arguments of torch's rebuild_cuda_tensor: the GPU, by the number that it has for this process; and those
+# from there on, which say where the memory is. Those before say what the tensor is, which both sides know.
 DEVICE_ARGUMENT, HANDLE = 6, 7
 
 
