@@ -22,7 +22,7 @@ from actors.generator import import_engine
 TIERS = ("ranks", "engine", "ray", "system")
 # Runs of the whole system take minutes. A worker of pytest-xdist takes on files of few tests until it has three tests
 # to do: in this order the long ones are spread over both.
-LONG = ("test_system", "test_recovery", "test_resume", "test_node", "test_stop")
+LONG = ("test_system", "test_recovery", "test_resume", "test_node", "test_stop", "test_ray_job", "test_colocated")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
