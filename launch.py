@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
         if config.mode == "plan":
             from cluster.estimate import run_plan
 
+            check(config)  # what a run would refuse does not fit
             return run_plan(config)
         return _run(config)
     except ConfigError as error:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actors.weight_transport import GlooGroup, SharedMemoryTransport, StatelessSeat
+from actors.weight_transport import GlooGroup, GlooTransport, SharedMemoryTransport
 
 LOOK_S = 0.0005  # how often a transfer on a GPU is looked at
 # Among the arguments of torch's rebuild_cuda_tensor: the GPU, by the number that it has for this process; and those
@@ -21,12 +22,14 @@ LOOK_S = 0.0005  # how often a transfer on a GPU is looked at
 DEVICE_ARGUMENT, HANDLE = 6, 7
 
 
-def nccl_transport(group: GlooGroup, seat: StatelessSeat, *, bucket_bytes: int, device: torch.device) -> NcclTransport:
+def nccl_transport(
+    group: GlooGroup, store: Any, *, rank: int, world_size: int, bucket_bytes: int, device: torch.device
+) -> NcclTransport:
     """Join a communicator of vLLM's, apart from any that the engine or DeepSpeed have: one GPU for each rank."""
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.utils import StatelessProcessGroup
 
-    meeting = StatelessProcessGroup(rank=seat.rank, world_size=seat.world_size, store=seat.store)
+    meeting = StatelessProcessGroup(rank=rank, world_size=world_size, store=store)
     before = torch.cuda.current_stream(device)
     communicator = PyNcclCommunicator(meeting, device=device)
     torch.cuda.set_stream(before)  # which vLLM replaces by one of its own
@@ -35,54 +38,27 @@ def nccl_transport(group: GlooGroup, seat: StatelessSeat, *, bucket_bytes: int, 
     return NcclTransport(group, communicator, bucket_bytes)
 
 
-class NcclTransport:
+class NcclTransport(GlooTransport):
     """Buckets by NCCL on a stream of their own. All meet over gloo before each, so that NCCL waits for nobody."""
 
     def __init__(self, group: GlooGroup, communicator: Any, bucket_bytes: int) -> None:
-        self.device: torch.device = communicator.device
-        self._group, self._communicator, self._bucket_bytes = group, communicator, bucket_bytes
+        super().__init__(group, bucket_bytes)
+        self.device = communicator.device
+        self._communicator = communicator
         self._stream = torch.cuda.Stream(self.device)
-        self._slots: list[Tensor] = []
-        self._turn = 0
-        self._sending: Any = None  # the event after a transfer
-
-    def slot(self) -> Tensor:
-        if len(self._slots) <= self._turn:
-            self._slots.append(torch.empty(self._bucket_bytes, dtype=torch.uint8, device=self.device))
-        return self._slots[self._turn]
-
-    def settle(self) -> None:
-        if self._sending is not None:
-            event, self._sending = self._sending, None
-            self._wait(event)
-
-    def send(self, num_bytes: int) -> None:
-        self.settle()
-        self._sending = self._begun(self.slot()[:num_bytes])
-        self._turn = 1 - self._turn
-
-    def receive(self, num_bytes: int) -> Tensor:
-        message = self.slot()[:num_bytes]  # one slot: vLLM has taken the last bucket in
-        self._wait(self._begun(message))
-        return message
-
-    def broadcast(self, tensor: Tensor) -> None:
-        self.settle()
-        self._group.broadcast(tensor)
 
     def close(self) -> None:
-        self._sending = None
         self._communicator.destroy()
-        self._group.close()
+        super().close()
 
-    def _begun(self, message: Tensor) -> Any:
-        """Let rank 0's message be sent, when all are here and this GPU has done what came before; return its event."""
+    def _begun(self, message: Tensor) -> Callable[[], Any]:
+        """Begin when all are here and this GPU has done what came before."""
         self._group.agreed(True)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self._communicator.broadcast(message, src=0, stream=self._stream)
         event = torch.cuda.Event()
         event.record(self._stream)
-        return event
+        return lambda: self._wait(event)
 
     def _wait(self, event: Any) -> None:
         """Return when a transfer is done. Raises RuntimeError if it is not within the group's timeout."""

@@ -15,7 +15,6 @@ import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,15 +73,6 @@ class Transport(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class StatelessSeat:
-    """Who this rank is among those that meet at a store."""
-
-    rank: int
-    world_size: int
-    store: Store
-
-
 def join(
     store: Store,
     *,
@@ -105,8 +95,14 @@ def join(
         assert device is not None, wire
         if wire == IPC:
             return gpu_transport.ipc_transport(group, rank=rank, bucket_bytes=bucket_bytes, device=device)
-        seat = StatelessSeat(rank, world_size, PrefixStore("nccl", store))
-        return gpu_transport.nccl_transport(group, seat, bucket_bytes=bucket_bytes, device=device)
+        return gpu_transport.nccl_transport(
+            group,
+            PrefixStore("nccl", store),
+            rank=rank,
+            world_size=world_size,
+            bucket_bytes=bucket_bytes,
+            device=device,
+        )
     memory = _shared_memory(group, rank=rank, num_bytes=2 * bucket_bytes)
     if memory is None:
         return GlooTransport(group, bucket_bytes)
@@ -162,7 +158,7 @@ class GlooTransport:
 
     def slot(self) -> Tensor:
         if len(self._slots) <= self._turn:
-            self._slots.append(torch.empty(self._bucket_bytes, dtype=torch.uint8))
+            self._slots.append(torch.empty(self._bucket_bytes, dtype=torch.uint8, device=self.device))
         return self._slots[self._turn]
 
     def settle(self) -> None:
@@ -172,13 +168,17 @@ class GlooTransport:
 
     def send(self, num_bytes: int) -> None:
         self.settle()
-        self._sending = self._group.begin_broadcast(self.slot()[:num_bytes])
+        self._sending = self._begun(self.slot()[:num_bytes])
         self._turn = 1 - self._turn
 
     def receive(self, num_bytes: int) -> Tensor:
         message = self.slot()[:num_bytes]  # one slot: vLLM has taken the last bucket in
-        self._group.broadcast(message)
+        self._begun(message)()
         return message
+
+    def _begun(self, message: Tensor) -> Callable[[], Any]:
+        """Begin to give every rank rank 0's message; return what waits until it needs no more of this process."""
+        return self._group.begin_broadcast(message)
 
     def broadcast(self, tensor: Tensor) -> None:
         self.settle()

@@ -17,16 +17,21 @@ class Finding:
     error: ConfigError | None = None
 
 
+def longest(config: Config) -> int:
+    """Return the tokens of the longest prompt with the longest response."""
+    limit = config.generator.max_model_len
+    most = config.data.max_prompt_tokens + config.generator.max_new_tokens
+    return most if limit is None else min(limit, most)
+
+
 def batch_arithmetic(config: Config) -> list[Finding]:
     """Return the sizes of batches, in rollouts, with the nearest value that divides for each that does not."""
     algorithm, cluster, generator = config.algorithm, config.cluster, config.generator
     train, mini = algorithm.train_batch_size, algorithm.mini_batch_size
     ranks, generators = cluster.num_learners, cluster.num_generators
-    longest = config.data.max_prompt_tokens + generator.max_new_tokens
-    if generator.max_model_len is not None:
-        longest = min(longest, generator.max_model_len)
+    most = longest(config)
     budget = config.learner.micro_batch_tokens
-    in_micro = max(budget // longest, 1)
+    in_micro = max(budget // most, 1)
     per_rank = -(-mini // ranks)
     updates = algorithm.num_steps * algorithm.ppo_epochs * algorithm.num_mini_batches
     rollouts = algorithm.num_steps * train
@@ -46,8 +51,8 @@ def batch_arithmetic(config: Config) -> list[Finding]:
         Finding(
             "micro-batches of it",
             f"1 to {-(-per_rank // in_micro)}",
-            f"of at most {budget:,} tokens: {in_micro} of the longest sequences ({longest:,} tokens)"
-            + ("; one of these is longer than learner.micro_batch_tokens" if longest > budget else ""),
+            f"of at most {budget:,} tokens: {in_micro} of the longest sequences ({most:,} tokens)"
+            + ("; one of these is longer than learner.micro_batch_tokens" if most > budget else ""),
         ),
         Finding(
             "of a train batch, a generator has", _share(train, generators), _uneven(train, generators, "generators")

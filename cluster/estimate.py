@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors import sizes as actor_sizes
-from cluster.batch_arithmetic import Finding, batch_arithmetic
-from cluster.placement import Plan, missing, plan
+from cluster.batch_arithmetic import Finding, batch_arithmetic, longest
+from cluster.placement import COLOCATED, Plan, missing, plan
 from cluster.roles import processes_of
 from cluster.shapes import Networks, networks_of
 from conf.schema import Config, ConfigError
@@ -76,7 +76,7 @@ def estimated(config: Config) -> Estimate:
     Raises:
         ConfigError: the settings contradict each other, or say nothing of what there is.
     """
-    device = "cpu" if config.cluster.device == "cpu" else "cuda"
+    device = planned_device(config)
     planned = plan(
         config.cluster,
         config.generator,
@@ -93,6 +93,14 @@ def estimated(config: Config) -> Estimate:
     )
     estimate.problems = [*_misfits(config, estimate, networks), *(one.error for one in findings if one.error)]
     return estimate
+
+
+def planned_device(config: Config) -> str:
+    """Return the device that is planned for: with "auto" GPUs where the settings speak of nodes that have some."""
+    device = config.cluster.device
+    if device != "auto":
+        return device
+    return "cpu" if config.cluster.node_gpus is None else "cuda"
 
 
 def nodes_of(config: Config) -> list[dict[str, float]]:
@@ -141,7 +149,7 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
     learning = context | states | update
     sync = context | states | {"gathered layer group": gathered, "sync buckets": 2 * bucket}
     receiving = dict(generator) | {"sync buckets": 2 * bucket}
-    if cluster.placement == "colocated":
+    if cluster.placement == COLOCATED:
         rested = {"learner at rest: context": CONTEXT[device]} if device == "cuda" else {}
         asleep = {"generator asleep: context": CONTEXT[device]} if device == "cuda" else {}
         awake_without_cache = {name: size for name, size in receiving.items() if name != "KV cache"}
@@ -160,13 +168,6 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
     if networks.rewards:
         lines.append(Line("reward", "scoring", context | actor_sizes.reward_memory(networks.rewards, config.reward)))
     return [Line(one.role, one.phase, {**one.parts, "fragments": int(FRAGMENTS * one.total)}) for one in lines]
-
-
-def longest(config: Config) -> int:
-    """Return the tokens of the longest prompt with the longest response."""
-    limit = config.generator.max_model_len
-    most = config.data.max_prompt_tokens + config.generator.max_new_tokens
-    return most if limit is None else min(limit, most)
 
 
 def gpu_bytes(config: Config) -> int | None:
@@ -192,13 +193,13 @@ def host_memory(config: Config, networks: Networks, planned: Plan, device: str) 
         offloaded += ranks * sum(memory.host.values())
         if trained:
             snapshot += ranks * sizes.checkpoint_bytes(network) // cluster.num_learners
-        if config.cluster.placement == "colocated" and device == "cuda":  # while the generators sample
+        if config.cluster.placement == COLOCATED and device == "cuda":  # while the generators sample
             host["learners at rest"] = host.get("learners at rest", 0) + ranks * sum(memory.device.values())
     if offloaded:
         host["offloaded states"] = offloaded
     host["copy for a checkpoint"] = snapshot
     host["export of a shard"] = min(sizes.BYTES[learner.dtype] * networks.policy.parameters, 4 * GIB)
-    if cluster.placement == "colocated" and device == "cuda":
+    if cluster.placement == COLOCATED and device == "cuda":
         width = sizes.BYTES[config.generator.dtype]
         host["generators asleep"] = width * networks.policy.parameters * cluster.num_generators // num_nodes
     if cluster.node_memory_gib is not None:
@@ -276,7 +277,7 @@ def tables(config: Config, estimate: Estimate) -> list[Table]:
 
 
 def verdict(config: Config) -> str:
-    if config.cluster.device == "cpu":
+    if planned_device(config) == "cpu":
         return "fits, as far as a machine without GPUs is planned: each process shares its memory and its cores"
     if config.cluster.gpu_memory_gib is None or config.cluster.node_gpus is None:
         return "set cluster.node_gpus, node_cpus, gpu_memory_gib and node_memory_gib to hear whether it fits"
