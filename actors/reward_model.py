@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+from actors.four_bits import four_bits
 from actors.rendering import render_conversation
 from actors.reward_source import Fault, finite_number, sample_name
 from actors.rollout import Rollout
 from actors.weight_files import check_weight_files
-from conf.schema import ConfigError, RewardSourceConfig
+from conf.schema import NF4, ConfigError, RewardSourceConfig
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +119,7 @@ class Conversations:
 
 
 class RewardModel:
-    """Scores of a model that transformers runs, a whole checkpoint or a LoRA adapter on its base.
+    """Scores of a model that transformers runs: a whole checkpoint or a LoRA adapter on its base, in 4 bits or not.
 
     The score is the output of the classification head at the last token by position, so a pad token that equals EOS
     does no harm; the head works in float32 whatever `source.dtype` is. It does not depend on the other conversations
@@ -132,7 +133,7 @@ class RewardModel:
         """
         self.conversations = Conversations(source, key=key, trust_remote_code=trust_remote_code)
         self.source, self.device = source, device
-        self.model = _load_model(self.conversations, trust_remote_code=trust_remote_code)
+        self.model = _load_model(self.conversations, device, trust_remote_code=trust_remote_code)
         self.model.score.float()
         self.model.to(device).eval().requires_grad_(False)
 
@@ -220,18 +221,26 @@ def _model_config(path: str, *, key: str, trust_remote_code: bool, **changes: An
         raise ConfigError(f"{key}.path", path, f"is not a Hugging Face checkpoint: {error}") from error
 
 
-def _load_model(conversations: Conversations, *, trust_remote_code: bool) -> Any:
-    """The model on the CPU, an adapter merged into its base. Raises ConfigError for one without a trained head."""
+def _load_model(conversations: Conversations, device: str, *, trust_remote_code: bool) -> Any:
+    """The model on the CPU, an adapter merged into its base; or in 4 bits on `device`, under the adapter.
+
+    Raises ConfigError for one without a trained head.
+    """
     import torch
     from transformers import AutoModelForSequenceClassification
 
     source, adapter = conversations.source, conversations.adapter
     check_weight_files(f"{conversations.key}.path", source.path or "")
-    dtype = getattr(torch, source.dtype)
+    in_four_bits = source.dtype == NF4
+    loaded: dict[str, Any] = {"dtype": torch.float32}  # under an adapter: a sum is rounded once, after merging
+    if in_four_bits:
+        loaded = four_bits("float32" if device == "cpu" else "bfloat16", device=device)
+    elif adapter is None:
+        loaded = {"dtype": getattr(torch, source.dtype)}
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         source.path if adapter is None else adapter,
         config=conversations.model_config,
-        dtype=dtype if adapter is None else torch.float32,  # a sum is rounded once, after merging
+        **loaded,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,
@@ -244,14 +253,18 @@ def _load_model(conversations: Conversations, *, trust_remote_code: bool) -> Any
         )
     missing = set(loading["missing_keys"]) | {name for name, *_ in loading["mismatched_keys"]}
     if adapter is not None:
-        model, missing = _merged(model, conversations).to(dtype), missing - {"score.weight"}
+        model, missing = _adapted(model, conversations), missing - {"score.weight"}
+        if not in_four_bits:
+            model = model.merge_and_unload().to(getattr(torch, source.dtype))
+        else:
+            model = model.get_base_model()
     if missing:
         raise conversations.refuse(f"lacks the weights {', '.join(sorted(missing))}, which would be random")
     return model
 
 
-def _merged(model: Any, conversations: Conversations) -> Any:
-    """`model` with the adapter's changes added to its weights and the adapter's head in place of its own."""
+def _adapted(model: Any, conversations: Conversations) -> Any:
+    """`model` under the adapter, which has a head in place of its own."""
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
@@ -263,4 +276,4 @@ def _merged(model: Any, conversations: Conversations) -> Any:
         raise conversations.refuse(
             f"holds no score head of shape {tuple(model.score.weight.shape)}, which would be random; found {found}"
         )
-    return PeftModel.from_pretrained(model, path, autocast_adapter_dtype=False).merge_and_unload()
+    return PeftModel.from_pretrained(model, path, autocast_adapter_dtype=False)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from actors.generator import CPU_KV_CACHE_MIB
-from conf.schema import ConfigError, GeneratorConfig, RewardConfig
+from conf.schema import NF4, ConfigError, GeneratorConfig, RewardConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, NF4: 2}  # of an element in a pass
 PREFILL_TOKENS = 8192  # of one pass of vLLM 0.32 with chunked prefill on a GPU, at most, unless told otherwise
 
 
@@ -31,6 +31,7 @@ class Shape(Protocol):
     def key_width(self) -> int: ...
     @property
     def vocabulary(self) -> int: ...
+    def in_four_bits(self, width: int) -> int: ...
 
 
 def weights(network: Shape, config: GeneratorConfig) -> int:
@@ -79,8 +80,12 @@ def cache_problems(network: Shape, config: GeneratorConfig, *, limit: int, neede
 def reward_memory(networks: Sequence[Shape], config: RewardConfig) -> dict[str, int]:
     """Return what a reward actor with these models holds on its device."""
     models = [source for source in config.sources if source.type == "model"]
-    widths = [BYTES[source.dtype] for source in models] or [4]
-    held = sum(width * network.parameters for width, network in zip(widths, networks, strict=True))
+    dtypes = [source.dtype for source in models] or ["float32"]
+    widths = [BYTES[dtype] for dtype in dtypes]
+    held = sum(
+        network.in_four_bits(BYTES[NF4]) if dtype == NF4 else BYTES[dtype] * network.parameters
+        for dtype, network in zip(dtypes, networks, strict=True)
+    )
     tokens = max((source.max_batch_tokens for source in models), default=16_384)
     passing = max(
         width * tokens * (4 * network.hidden + 3 * network.intermediate)

@@ -239,7 +239,7 @@ class Rank:
         own = []
         for mini_batch in batch:
             lengths = [one.rollout.num_tokens for one in mini_batch]
-            hands = deal(lengths, mini_batch_size=len(mini_batch), num_ranks=self.world_size, seed=0)
+            hands = deal(lengths, mini_batch_size=len(mini_batch), num_hands=self.world_size, seed=0)
             own.append([mini_batch[index] for index in hands[self.rank][0]])
         metrics: dict[str, float] = self.worker.update(own, kl_coef=KL_COEF, seed=0, step=0)
         return metrics

@@ -99,10 +99,13 @@ def main() -> None:
         ahead["to_longer_alone"] = ahead["iteration_s"] / max(
             waiting["generate_s"], waiting["learn_s"] + waiting["sync_s"]
         )
+        # Waiting, ranks evaluate rollouts while others are sampled; that is work of the learner too.
+        ahead["to_busy_learner"] = ahead["iteration_s"] / ((1 - waiting["idle_learner"]) * waiting["iteration_s"])
         rows += pair
     shown = [{name: value for name, value in row.items() if name != "accuracies"} for row in rows]
     ratios = statistics.median(row["throughput_ratio"] for row in rows if "throughput_ratio" in row)
     longer = statistics.median(row["to_longer_alone"] for row in rows if "to_longer_alone" in row)
+    busy = statistics.median(row["to_busy_learner"] for row in rows if "to_busy_learner" in row)
     Result(
         "overlap",
         shown,
@@ -110,6 +113,7 @@ def main() -> None:
         notes=[
             f"throughput beside max_staleness=0: {ratios:.3g} times (median over seeds)",
             f"iteration over the longer of generating and learning alone: {longer:.3g} times (median over seeds)",
+            f"iteration over the time in which a learner that waits is busy: {busy:.3g} times (median over seeds)",
             *(
                 f"seed {row['seed']}, max_staleness {row['max_staleness']}: held-out accuracy {row['accuracies']}"
                 for row in rows

@@ -28,18 +28,20 @@ def batch_arithmetic(config: Config) -> list[Finding]:
     """Return the sizes of batches, in rollouts, with the nearest value that divides for each that does not."""
     algorithm, cluster, generator = config.algorithm, config.cluster, config.generator
     train, mini = algorithm.train_batch_size, algorithm.mini_batch_size
-    ranks, generators = cluster.num_learners, cluster.num_generators
+    shared_by, generators = config.learner.sequence_parallel_size, cluster.num_generators
+    hands = cluster.num_learners // shared_by
+    who = "learner ranks" if shared_by == 1 else f"groups of {shared_by} ranks"
     most = longest(config)
     budget = config.learner.micro_batch_tokens
     in_micro = max(budget // most, 1)
-    per_rank = -(-mini // ranks)
+    of_hand = -(-mini // hands)
     updates = algorithm.num_steps * algorithm.ppo_epochs * algorithm.num_mini_batches
     rollouts = algorithm.num_steps * train
     chunk = config.reward.batch_size
     too_few = None
-    if ranks > mini:
-        why = f"a mini-batch of {mini} rollouts leaves ranks without any; set it to {mini} or less"
-        too_few = ConfigError("cluster.num_learners", ranks, why)
+    if hands > mini:
+        why = f"a mini-batch of {mini} rollouts leaves ranks without any; set it to {mini * shared_by} or less"
+        too_few = ConfigError("cluster.num_learners", cluster.num_learners, why)
     return [
         Finding(
             "train batch",
@@ -47,10 +49,10 @@ def batch_arithmetic(config: Config) -> list[Finding]:
             f"{algorithm.prompts_per_step} prompts x {algorithm.samples_per_prompt} samples, a step",
         ),
         Finding("mini-batches", str(algorithm.num_mini_batches), f"of {mini}, one optimizer step each"),
-        Finding("of a mini-batch, a rank has", _share(mini, ranks), _uneven(mini, ranks, "learner ranks"), too_few),
+        Finding("of a mini-batch, a rank has", _share(mini, hands), _uneven(mini, hands, who), too_few),
         Finding(
             "micro-batches of it",
-            f"1 to {-(-per_rank // in_micro)}",
+            f"1 to {-(-of_hand // in_micro)}",
             f"of at most {budget:,} tokens: {in_micro} of the longest sequences ({most:,} tokens)"
             + ("; one of these is longer than learner.micro_batch_tokens" if most > budget else ""),
         ),
@@ -65,7 +67,7 @@ def batch_arithmetic(config: Config) -> list[Finding]:
         Finding(
             "chunks",
             f"{-(-train // chunk):,}",
-            f"of {chunk} rollouts, scored and evaluated together" + _fewer(train, chunk, generators, ranks),
+            f"of {chunk} rollouts, scored and evaluated together" + _fewer(train, chunk, generators, hands),
         ),
         Finding("optimizer steps of the run", f"{updates:,}", f"{algorithm.num_steps:,} steps of the loop"),
         Finding(
@@ -88,11 +90,11 @@ def _uneven(count: int, among: int, who: str) -> str:
     return f"{among} {who} do not divide {count}: some wait for others; the nearest that they divide is {near}"
 
 
-def _fewer(train: int, chunk: int, generators: int, ranks: int) -> str:
+def _fewer(train: int, chunk: int, generators: int, hands: int) -> str:
     chunks = -(-train // chunk)
     if chunks < generators:
         return f"; fewer than generators: cut smaller, into {-(-train // generators)}"
-    if chunks < 2 * ranks:
-        smaller = max(train // (2 * ranks), 1)
+    if chunks < 2 * hands:
+        smaller = max(train // (2 * hands), 1)
         return f"; fewer than two a rank, of which few are evaluated early; reward.batch_size={smaller} makes more"
     return ""

@@ -190,7 +190,9 @@ class Learners(Protocol):
     """The learner group."""
 
     @property
-    def num_ranks(self) -> int: ...
+    def num_hands(self) -> int:
+        """How many parts a batch is dealt in: one to a rank, or to the ranks that share the tokens of each rollout."""
+        ...
 
     def costs(self, infos: Sequence[RolloutInfo]) -> list[float]:
         """Return what evaluating each rollout and training on it takes of a rank, in any unit."""
@@ -203,11 +205,11 @@ class Learners(Protocol):
     def update(
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
     ) -> Metrics:
-        """Train on hands[rank][mini_batch] and return the metrics of the whole train batch."""
+        """Train on hands[hand][mini_batch] and return the metrics of the whole train batch."""
         ...
 
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
-        """Return the mean KL from the reference of the rollouts in hands[rank], sampled at that temperature."""
+        """Return the mean KL from the reference of the rollouts in all hands, sampled at that temperature."""
         ...
 
     def export(self, folder: Path) -> None:
@@ -331,7 +333,7 @@ class PPODriver:
                     shaped,
                     self.learners.costs([item.handle.info for item in shaped]),
                     mini_batch_size=self.algorithm.mini_batch_size,
-                    num_ranks=self.learners.num_ranks,
+                    num_hands=self.learners.num_hands,
                     seed=seed,
                 )
                 learned = self.learners.update(hands, kl_coef=self.kl.coef, seed=seed, step=self.step)
@@ -368,10 +370,10 @@ def staleness(handles: Sequence[ScoredHandle], step: int, *, limit: int) -> Metr
 
 
 def dealt(
-    items: Sequence[Item], costs: Sequence[float], *, mini_batch_size: int, num_ranks: int, seed: int
+    items: Sequence[Item], costs: Sequence[float], *, mini_batch_size: int, num_hands: int, seed: int
 ) -> list[list[list[Item]]]:
-    """Return the items as [rank][mini_batch][...], balanced by their costs."""
-    hands = deal(costs, mini_batch_size=mini_batch_size, num_ranks=num_ranks, seed=seed)
+    """Return the items as [hand][mini_batch][...], balanced by their costs."""
+    hands = deal(costs, mini_batch_size=mini_batch_size, num_hands=num_hands, seed=seed)
     return [[[items[i] for i in members] for members in hand] for hand in hands]
 
 

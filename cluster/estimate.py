@@ -129,8 +129,9 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
     states = {f"policy: {name}": size for name, size in policy.device.items()}
     for name, memory in others.items():
         states |= {f"{name}: {part}": size for part, size in memory.device.items()}
-    of_rank = -(-config.algorithm.mini_batch_size // num_ranks) * longest(config)
-    tokens = min(max(learner.micro_batch_tokens, longest(config)), of_rank)
+    shared_by = learner.sequence_parallel_size
+    of_hand = -(-config.algorithm.mini_batch_size * shared_by // num_ranks) * longest(config)
+    tokens = -(-min(max(learner.micro_batch_tokens, longest(config)), of_hand) // shared_by)
     responses = min(tokens, tokens * config.generator.max_new_tokens // longest(config) + 1)
     update: dict[str, int] = {}
     trained = [(networks.policy, policy, responses)]
@@ -256,6 +257,9 @@ def _too_large(config: Config, line: Line, limit: int) -> ConfigError:
     if most in ("activations", "logits"):
         if not learner.gradient_checkpointing:
             return ConfigError("learner.gradient_checkpointing", False, f"{why}; set it to true")
+        if longest(config) >= learner.micro_batch_tokens:  # one sequence alone is too long for a rank
+            size = learner.sequence_parallel_size
+            return ConfigError("learner.sequence_parallel_size", size, f"{why}; set it to {2 * size}")
         halved = learner.micro_batch_tokens // 2
         return ConfigError("learner.micro_batch_tokens", learner.micro_batch_tokens, f"{why}; set it to {halved}")
     if ("moments" in most or "master" in most or "gradients" in most) and learner.offload_optimizer == "none":

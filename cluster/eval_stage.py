@@ -40,7 +40,13 @@ def run_eval(run: Run, before: Handover, resume: Checkpoint | None) -> Handover:
                 collective_timeout_s=config.cluster.call_timeout_s,
             )
             learners = LearnerGroup(
-                placement, JudgeWorker, setup, limits=config.cluster, recoveries=recoveries, reactor=reactor
+                placement,
+                JudgeWorker,
+                setup,
+                limits=config.cluster,
+                recoveries=recoveries,
+                reactor=reactor,
+                sequence_parallel_size=config.learner.sequence_parallel_size,
             )
         generators = start_generators(
             config, before, placement, model_path=model.path, device=device, recoveries=recoveries, reactor=reactor

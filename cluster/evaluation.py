@@ -142,7 +142,7 @@ class Evaluator:
             handles,
             [handle.info.num_tokens for handle in handles],
             mini_batch_size=len(handles),
-            num_ranks=self.learners.num_ranks,
+            num_hands=self.learners.num_hands,
             seed=self.seed,
         )
         kl = self.learners.kl_to_reference([hand[0] for hand in hands], temperature=self.sampling.temperature)

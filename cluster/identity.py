@@ -21,8 +21,8 @@ from conf.check import named_paths
 from conf.schema import STAGES, Config
 
 FREE_TO_CHANGE = (
-    "Free to change are run, resume, checkpoint, tracking, monitors, cluster, generator's and learner's use of memory "
-    "(but learner.offload_optimizer), retries and time limits of rewards, url and concurrency of their sources, and "
+    "Free to change are run, resume, checkpoint, tracking, monitors, cluster, generator's and learner's use of memory, "
+    "retries and time limits of rewards, url and concurrency of their sources, and "
     "algorithm.num_steps upwards where no learning rate depends on it"
 )
 SMALL = 1 << 20  # bytes; a file below is read whole
@@ -31,7 +31,14 @@ WITHOUT_HORIZON = ("constant", "constant_with_warmup", "inverse_sqrt")  # schedu
 _FREE_SECTIONS = ("experiment", "mode", "run", "resume", "checkpoint", "tracking", "monitors", "cluster")
 _FREE = {
     "generator": ("max_num_seqs", "kv_cache_mib", "gpu_memory_utilization", "tensor_parallel_size", "enforce_eager"),
-    "learner": ("offload_parameters", "nvme_path", "gradient_checkpointing", "micro_batch_tokens"),
+    "learner": (
+        "offload_optimizer",
+        "offload_parameters",
+        "nvme_path",
+        "gradient_checkpointing",
+        "micro_batch_tokens",
+        "sequence_parallel_size",
+    ),
     "model": ("shape",),
     "reward": ("retries", "backoff_s"),
 }

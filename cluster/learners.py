@@ -57,9 +57,15 @@ class RankProcess(Process):
             return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
 
     def start(
-        self, make: Callable[[Any, Ranks], Any], setup: Any, rank: int, world_size: int, endpoint: tuple[str, int]
+        self,
+        make: Callable[[Any, Ranks], Any],
+        setup: Any,
+        rank: int,
+        world_size: int,
+        endpoint: tuple[str, int],
+        sequence_parallel_size: int,
     ) -> None:
-        self.worker = make(setup, Ranks(rank, world_size, *endpoint))
+        self.worker = make(setup, Ranks(rank, world_size, *endpoint, sequence_parallel_size))
 
     @spanned
     def rest(self) -> None:
@@ -181,8 +187,11 @@ class RankGroup:
         limits: ClusterConfig,
         recoveries: Recoveries,
         reactor: Reactor | None = None,
+        sequence_parallel_size: int = 1,
     ) -> None:
+        """Let the ranks start; so many neighbours share the tokens of each rollout, and are given the same."""
         self.make, self.setup, self.limits, self.recoveries = make, setup, limits, recoveries
+        self.sequence_parallel_size = sequence_parallel_size
         self.members = Members(
             placement,
             RankProcess,
@@ -198,11 +207,19 @@ class RankGroup:
     def num_ranks(self) -> int:
         return len(self.members)
 
+    @property
+    def num_hands(self) -> int:
+        """How many ranks, or groups of ranks that share tokens, are given rollouts of their own."""
+        return self.num_ranks // self.sequence_parallel_size
+
+    def _hand(self, rank: int) -> int:
+        return rank // self.sequence_parallel_size
+
     def _start(self) -> list[Any]:
         """Let the ranks load what they train, rank 0 being where they meet."""
         endpoint = self.members.handles[0].endpoint.remote()
         return [
-            handle.start.remote(self.make, self.setup, rank, self.num_ranks, endpoint)
+            handle.start.remote(self.make, self.setup, rank, self.num_ranks, endpoint, self.sequence_parallel_size)
             for rank, handle in enumerate(self.members.handles)
         ]
 
@@ -310,7 +327,7 @@ class RankGroup:
 class LearnerGroup(RankGroup):
     """The ranks of the PPO learner."""
 
-    _coming: list[Chunk]  # to be evaluated as soon as there is one for every rank
+    _coming: list[Chunk]  # to be evaluated as soon as there is one for every hand
     _evaluations: dict[int, tuple[Chunk, Any]]  # by the chunk's identity; of the policy before the next update
 
     _costs: Costs | None  # of the networks' passes; None until it has been asked for
@@ -333,19 +350,21 @@ class LearnerGroup(RankGroup):
     def evaluate(self, chunk: Chunk) -> None:
         """Have a chunk evaluated by the networks before the update that trains on it; returns at once.
 
-        A chunk is evaluated whole, by one rank, so that no result depends on which chunk is finished first.
+        A chunk is evaluated whole, by one rank or by ranks that share its tokens, so that no result depends on which
+        chunk is finished first.
         """
         self._coming.append(chunk)
-        if len(self._coming) == self.num_ranks:
+        if len(self._coming) == self.num_hands:
             self._evaluate()
 
     def _evaluate(self) -> None:
         """Let the ranks evaluate the chunks that have come, at most one each."""
         coming, self._coming = self._coming, []
         for rank, handle in enumerate(self.members.handles if coming else []):
-            evaluation = handle.evaluate_rollouts.remote([chunk.payload for chunk in coming[rank : rank + 1]])
-            if rank < len(coming):
-                self._evaluations[id(coming[rank])] = coming[rank], evaluation
+            hand = self._hand(rank)
+            evaluation = handle.evaluate_rollouts.remote([chunk.payload for chunk in coming[hand : hand + 1]])
+            if hand < len(coming):  # ranks that share tokens say the same
+                self._evaluations[id(coming[hand])] = coming[hand], evaluation
 
     def update(
         self, hands: Sequence[Sequence[Sequence[ShapedHandle]]], *, kl_coef: float, seed: int, step: int
@@ -354,8 +373,8 @@ class LearnerGroup(RankGroup):
         self._evaluate()
         evaluations, self._evaluations = self._evaluations, {}
         refs = []
-        for handle, hand in zip(self.members.handles, hands, strict=True):
-            chunks, places = addressed(hand)
+        for rank, handle in enumerate(self.members.handles):
+            chunks, places = addressed(hands[self._hand(rank)])
             known = [evaluations[id(chunk)][1] if id(chunk) in evaluations else None for chunk in chunks]
             payloads = [chunk.payload for chunk in chunks]
             refs.append(handle.update.remote(places, kl_coef, seed, step, len(chunks), *payloads, *known))
@@ -365,8 +384,9 @@ class LearnerGroup(RankGroup):
     def kl_to_reference(self, hands: Sequence[Sequence[ScoredHandle]], *, temperature: float) -> float:
         self.turns.take(LEARNING)
         refs = []
-        for handle, hand in zip(self.members.handles, hands, strict=True):
-            chunks, places = addressed([[ShapedHandle(one, one.score, 0.0) for one in hand]])
+        for rank, handle in enumerate(self.members.handles):
+            hand = [ShapedHandle(one, one.score, 0.0) for one in hands[self._hand(rank)]]
+            chunks, places = addressed([hand])
             payloads = [chunk.payload for chunk in chunks]
             refs.append(handle.kl_to_reference.remote(places[0], temperature, *payloads))
         kl: float = self._settled(refs, what="learner evaluation")[0]
@@ -413,7 +433,7 @@ class SupervisedGroup(RankGroup):
     def _shared(self, method: str, rows: Sequence[Any], *, what: str) -> Metrics:
         """Return what a method says, every rank being given its share of the rows."""
         refs = [
-            getattr(handle, method).remote(rows[rank :: self.num_ranks])
+            getattr(handle, method).remote(rows[self._hand(rank) :: self.num_hands])
             for rank, handle in enumerate(self.members.handles)
         ]
         metrics: Metrics = self._settled(refs, what=what)[0]

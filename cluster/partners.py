@@ -97,10 +97,20 @@ class Partners:
         setup = learner_setup(config, before, ptx_rows=ptx_rows, device=device)
         reactor = Reactor()
         shared = cluster.placement == COLOCATED
-        if not shared:
-            self.learners = LearnerGroup(
-                placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries, reactor=reactor
+
+        def start_learners() -> LearnerGroup:
+            return LearnerGroup(
+                placement,
+                LearnerWorker,
+                setup,
+                limits=cluster,
+                recoveries=recoveries,
+                reactor=reactor,
+                sequence_parallel_size=config.learner.sequence_parallel_size,
             )
+
+        if not shared:
+            self.learners = start_learners()
         first = model.reference if model.reference is not None and starts_at_reference(config) else model.path
         self.generators = start_generators(
             config, before, placement, model_path=first, device=device, recoveries=recoveries, reactor=reactor
@@ -108,9 +118,7 @@ class Partners:
         if shared:  # an engine measures what is free on its GPU as it starts: before the ranks are there
             self.generators.members.wait_begun()
             self.generators.all_turn("sleep")
-            self.learners = LearnerGroup(
-                placement, LearnerWorker, setup, limits=cluster, recoveries=recoveries, reactor=reactor
-            )
+            self.learners = start_learners()
         self.rewards = start_rewards(config, before, placement, device=device, recoveries=recoveries, reactor=reactor)
         self.sync = VerifiedWeightSync(
             self.learners,

@@ -122,7 +122,14 @@ def train(
         session.placed(processes_of(stage.name, config)) as placement,
         run.console.stage(stage.name, settings.num_steps) as progress,
     ):
-        learners = SupervisedGroup(placement, stage.worker, setup, limits=config.cluster, recoveries=run.recoveries)
+        learners = SupervisedGroup(
+            placement,
+            stage.worker,
+            setup,
+            limits=config.cluster,
+            recoveries=run.recoveries,
+            sequence_parallel_size=config.learner.sequence_parallel_size,
+        )
         training = SupervisedTraining(run, stage, settings, learners, rows, held_out, before, progress)
         return carry(run, training, before, resume)
 

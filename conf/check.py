@@ -13,6 +13,7 @@ from conf.schema import Config, ConfigError
 from conf.schema.rules import without_effect
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+SHARED = "learner.sequence_parallel_size"
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # which Ray sets for what `ray job submit` starts
 CHECKPOINTS = "checkpoints"  # in a run folder
 RESULTS = ("metrics.jsonl", "samples.jsonl", "summary.json", CHECKPOINTS, "export")
@@ -154,6 +155,13 @@ def _check_algorithm(config: Config) -> None:
         if getattr(learner, name) == "nvme" and config.checkpoint.every:
             remedy = "a checkpoint copies what is in memory; set it to cpu, or set checkpoint.every=0 and do without"
             raise ConfigError(f"learner.{name}", "nvme", remedy)
+    if learner.reference_dtype is not None:
+        if config.model.lora.rank is not None:
+            remedy = "with model.lora the reference is the policy without its adapters; set this to null"
+            raise ConfigError("learner.reference_dtype", learner.reference_dtype, remedy)
+        if config.cluster.placement == "colocated":
+            remedy = "it would stay on the GPU while the generators sample; set this to null, or the placement"
+            raise ConfigError("learner.reference_dtype", learner.reference_dtype, remedy)
     if learner.ema_decay is not None and learner.offload_parameters == "nvme":
         remedy = "the average reads weights that are in memory; set learner.offload_parameters=cpu or none"
         raise ConfigError("learner.ema_decay", learner.ema_decay, remedy)
@@ -166,8 +174,14 @@ def _check_algorithm(config: Config) -> None:
 
 
 def _check_cluster(config: Config) -> None:
-    """What sharing GPUs asks of the other sections."""
-    cluster = config.cluster
+    """What sharing tokens and sharing GPUs ask of the other sections."""
+    cluster, shared_by = config.cluster, config.learner.sequence_parallel_size
+    if cluster.num_learners % shared_by:
+        remedy = f"cluster.num_learners={cluster.num_learners} ranks do not divide by it; set it to a divisor"
+        raise ConfigError(SHARED, shared_by, remedy)
+    if shared_by > 1 and config.model.attn_implementation != "packed":
+        remedy = f"tokens are shared with model.attn_implementation=packed alone; set this to packed, or {SHARED} to 1"
+        raise ConfigError("model.attn_implementation", config.model.attn_implementation, remedy)
     if cluster.placement != "colocated" or "ppo" not in config.stages:
         return
     check_even(cluster.num_generators, config.generator.tensor_parallel_size, cluster.num_learners)

@@ -1,6 +1,7 @@
 """Which rollouts are trained on together, and by which rank: mini-batches dealt, micro-batches cut.
 
-Which rollouts share a mini-batch depends on the seed alone, never on the number of ranks.
+Which rollouts share a mini-batch depends on the seed alone, never on the number of ranks. A hand is what one rank is
+dealt, or a group of ranks that share the tokens of each rollout.
 """
 
 from __future__ import annotations
@@ -10,35 +11,35 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def deal(costs: Sequence[float], *, mini_batch_size: int, num_ranks: int, seed: int) -> list[list[list[int]]]:
-    """Return, for each rank and mini-batch, the indices of the rollouts that it trains on.
+def deal(costs: Sequence[float], *, mini_batch_size: int, num_hands: int, seed: int) -> list[list[list[int]]]:
+    """Return, for each hand and mini-batch, the indices of the rollouts in it.
 
-    The rollouts are shuffled by the seed and cut into mini-batches; each mini-batch is dealt to the ranks, dearest
-    first to the rank with the least to do so far (ties to the fewer rollouts, then the lower rank). A train batch
+    The rollouts are shuffled by the seed and cut into mini-batches; each mini-batch is dealt out, dearest first
+    into the hand with the least to do so far (ties to the fewer rollouts, then the lower number). A train batch
     that lost rollouts on its way is cut into mini-batches as equal as can be.
 
     Args:
         costs: what each rollout takes of a rank, in any unit.
         mini_batch_size: rollouts of one optimizer step over all ranks.
-        num_ranks: the world size of the learner group.
+        num_hands: how many there are.
         seed: of the shuffle.
 
     Returns:
-        result[rank][mini_batch] is a list of indices into `costs`; a rank may have none.
+        result[hand][mini_batch] is a list of indices into `costs`; a hand may have none.
     """
     assert costs, "a train batch has at least one rollout"
     order = np.random.default_rng(seed).permutation(len(costs))
-    dealt: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    dealt: list[list[list[int]]] = [[] for _ in range(num_hands)]
     for part in np.array_split(order, -(-len(costs) // mini_batch_size)):
         members: list[int] = part.tolist()
-        hands: list[list[int]] = [[] for _ in range(num_ranks)]
-        loads = [0.0] * num_ranks
+        hands: list[list[int]] = [[] for _ in range(num_hands)]
+        loads = [0.0] * num_hands
         for index in sorted(members, key=lambda i: (-costs[i], i)):
-            rank = min(range(num_ranks), key=lambda r: (loads[r], len(hands[r]), r))
-            hands[rank].append(index)
-            loads[rank] += costs[index]
-        for rank, hand in enumerate(hands):
-            dealt[rank].append(hand)
+            least = min(range(num_hands), key=lambda h: (loads[h], len(hands[h]), h))
+            hands[least].append(index)
+            loads[least] += costs[index]
+        for of_hand, hand in zip(dealt, hands, strict=True):
+            of_hand.append(hand)
     return dealt
 
 

@@ -1,4 +1,7 @@
-"""The few reductions over learner ranks that the mathematics needs."""
+"""The few reductions over learner ranks that the mathematics needs.
+
+Of ranks that share the tokens of their rollouts, and so have the same, one counts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner import advantages
+from learner.sequence_groups import hands
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", bound=np.generic)
@@ -22,7 +26,7 @@ Number = TypeVar("Number", bound=np.generic)
 def summed(value: Tensor) -> Tensor:
     """Return the sum over ranks, float64 and on the device of `value`, whose own content stays."""
     total = value.detach().to(torch.float64, copy=True)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=hands())
     return total
 
 
@@ -71,9 +75,10 @@ def evened(items: Sequence[Item]) -> list[Item | None]:
 
 def concatenated(values: NDArray[Number]) -> tuple[NDArray[Number], slice]:
     """Return the ranks' arrays one after another, in rank order, on every rank, and where this rank's own stand."""
-    parts: list[NDArray[Number]] = [values] * dist.get_world_size()
-    dist.all_gather_object(parts, values)
-    start = sum(len(part) for part in parts[: dist.get_rank()])
+    group = hands()
+    parts: list[NDArray[Number]] = [values] * dist.get_world_size(group)
+    dist.all_gather_object(parts, values, group=group)
+    start = sum(len(part) for part in parts[: dist.get_rank(group)])
     return np.concatenate(parts), slice(start, start + len(values))
 
 

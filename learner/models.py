@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ConfigError
+from learner.attention import register
 from learner.distribution import SampledFrom, logprobs_and_entropy
 from learner.experience import Batch
-from learner.packing import checked, flat_states, in_chunks, of_states, register
+from learner.packing import FlatStates, checked, flat_states, in_chunks, of_states
 
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # after the vocabulary projection
 
@@ -55,15 +56,19 @@ class PolicyModel(nn.Module):
         One tensor, since ZeRO-3 counts a module's outputs on the way back, and all ranks must count alike: with
         several, a rank that has no use for one of them would be out of step.
         """
-        hidden, starts = flat_states(self.model, batch.token_ids, batch.lengths)  # [P, H], [B]
-        states = hidden[(starts.unsqueeze(-1) + batch.state_index)[batch.mask]]  # [N, H]
-        said = self._of_tokens(states, batch.response_ids[batch.mask], sampled_from, with_entropy=with_entropy)
+        states = flat_states(self.model, batch.token_ids, batch.lengths)
+        places = (states.starts.unsqueeze(-1) + batch.state_index)[batch.mask]  # [N]
+
+        def say(of_tokens: Tensor, token_ids: Tensor) -> Tensor:
+            return self._of_tokens(of_tokens, token_ids, sampled_from, with_entropy=with_entropy)
+
+        said = states.asked(places, say, batch.response_ids[batch.mask])
         mask = nn.functional.pad(batch.mask, (0, 1))
         blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         logprobs, entropy = (blank.masked_scatter(mask, of_tokens) for of_tokens in said.unbind(-1))
         values = blank
         if self.value_head is not None:
-            values = head_values(self.value_head, hidden, starts, batch)
+            values = head_values(self.value_head, states, batch)
         return torch.stack([logprobs, entropy, values])
 
     def _of_tokens(self, states: Tensor, token_ids: Tensor, sampled_from: SampledFrom, *, with_entropy: bool) -> Tensor:
@@ -84,23 +89,21 @@ class CriticModel(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return values [B, T + 1] float32, as `head_values` says."""
-        return head_values(self.model.score, *flat_states(self.model, batch.token_ids, batch.lengths), batch)
+        return head_values(self.model.score, flat_states(self.model, batch.token_ids, batch.lengths), batch)
 
 
-def head_values(head: nn.Module, hidden: Tensor, starts: Tensor, batch: Batch) -> Tensor:
+def head_values(head: nn.Module, states: FlatStates, batch: Batch) -> Tensor:
     """Return the values that `head`, [H] -> [1], gives the states of a batch: [B, T + 1] float32.
-
-    `hidden` [P, H] and `starts` [B] are as `flat_states` returns them.
 
     Place t is of the state in which token t is chosen, zero where the mask is False; the last place is of the state
     after the last response token.
     """
-    states = hidden[(starts.unsqueeze(-1) + batch.state_index)[batch.mask]]  # [N, H]
-    finals = hidden[starts + batch.final_index]  # [B, H]
-    values = head(torch.cat([states, finals])).squeeze(-1).float()
+    tokens = (states.starts.unsqueeze(-1) + batch.state_index)[batch.mask]  # [N]
+    places = torch.cat([tokens, states.starts + batch.final_index])  # [N + B]
+    values = states.asked(places, lambda hidden, _: head(hidden).squeeze(-1).float(), places)
     blank = torch.zeros(batch.mask.shape, dtype=torch.float32, device=values.device)
-    of_tokens = blank.masked_scatter(batch.mask, values[: len(states)])
-    return torch.cat([of_tokens, values[len(states) :].unsqueeze(-1)], dim=-1)
+    of_tokens = blank.masked_scatter(batch.mask, values[: len(tokens)])
+    return torch.cat([of_tokens, values[len(tokens) :].unsqueeze(-1)], dim=-1)
 
 
 def without_dropout(config: Any) -> Any:
@@ -132,8 +135,8 @@ def checked_causal(config: Any, path: str) -> Any:
     return without_dropout(config)
 
 
-def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bool = False) -> Any:
-    """Return the checkpoint's causal language model in float32, as `checked_causal` has it."""
+def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bool = False, **how: Any) -> Any:
+    """Return the checkpoint's causal language model, as `checked_causal` has it, in float32 or as `how` has it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     register()
@@ -141,7 +144,7 @@ def load_causal_lm(path: str, *, attn_implementation: str, trust_remote_code: bo
     model = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
-        dtype=torch.float32,
+        **(how or {"dtype": torch.float32}),
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,

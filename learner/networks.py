@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from actors.four_bits import four_bits
 from actors.rollout import IntArray
-from conf.schema import AlgorithmConfig, GeneratorConfig, LearnerConfig, ModelConfig, ShapingConfig
+from conf.schema import NF4, AlgorithmConfig, GeneratorConfig, LearnerConfig, ModelConfig, ShapingConfig
 from learner import lora, models, zero
 from learner.costs import Costs, PassCost
 from learner.critics import Critic, SeparateCritic, SharedCritic
@@ -50,6 +51,7 @@ class FrozenReference:
     """A model of its own, never trained."""
 
     def __init__(self, engine: Any) -> None:
+        """`engine` is a models.PolicyModel in an engine of DeepSpeed's, or by itself if every rank has the whole."""
         self.engine = engine
 
     def __call__(self, batch: Batch, *, temperature: float) -> Tensor:
@@ -121,8 +123,21 @@ def frozen_reference(setup: LearnerSetup) -> FrozenReference:
     """Return `model.reference`, or the policy as it starts."""
     path = setup.model.reference or setup.model.path
     assert path is not None
+    if setup.learner.reference_dtype == NF4:
+        return FrozenReference(reference_in_four_bits(setup, path))
     model = models.PolicyModel(load_policy(setup, path))
     return FrozenReference(zero.frozen_engine(model, setup.learner, device=setup.device))
+
+
+def reference_in_four_bits(setup: LearnerSetup, path: str) -> models.PolicyModel:
+    """Return a reference that is not partitioned: its layers hold blocks of 4 bits, which ZeRO-3 does not know."""
+    model = models.load_causal_lm(
+        path,
+        attn_implementation=setup.model.attn_implementation,
+        trust_remote_code=setup.model.trust_remote_code,
+        **four_bits(setup.learner.dtype, device="cuda:0" if setup.device == "cuda" else "cpu"),
+    )
+    return models.PolicyModel(model).requires_grad_(False).eval()
 
 
 def critic_engine(setup: LearnerSetup) -> Any:

@@ -1,13 +1,13 @@
 """Networks read sequences one after another in one row, without padding between them.
 
-`packed` is an attention function beside those of transformers, under which no sequence sees another. Whatever else a
-transformer computes, it computes for each token by itself.
+Under the attention `packed` no sequence sees another. Whatever else a transformer computes, it computes for each token
+by itself; so ranks may share the tokens of a row, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby, pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ import torch.nn.functional as F  # noqa: N812, the name it has everywhere
 from torch import Tensor, nn
 
 from conf.schema import ConfigError, ModelConfig
+from learner.attention import PACKED
+from learner.sequence_groups import SequenceGroup, check_heads, sequence_group
 
 Say = Callable[[Tensor, Tensor], Tensor]
 LOGIT_BYTES = 256 << 20  # of float32 logits that are held at once; there are a few tensors of that size
-PACKED = "packed"  # model.attn_implementation; any other is one of transformers', and its batches are padded
 
 
 def is_padded(model: ModelConfig) -> bool:
@@ -26,29 +27,42 @@ def is_padded(model: ModelConfig) -> bool:
     return model.attn_implementation != PACKED
 
 
-def register() -> None:
-    """Make `packed` known to transformers. May be called again."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, no_mask)
-
-
 def checked(model: Any, path: str) -> Any:
     """Return a Hugging Face model, if it keeps packed sequences apart or is not asked to.
 
     Raises:
         ConfigError: its attention is code of its own, which never hears of `packed`, or it has a state that goes on
-            from one sequence to the next.
+            from one sequence to the next; or so many ranks cannot share its heads.
     """
     kept_apart = model._supports_attention_backend and not model._is_stateful
     if model.config._attn_implementation == PACKED and not kept_apart:
         remedy = f"{type(model).__name__} at {path} mixes sequences that stand in one row; set it to sdpa, or to eager"
         raise ConfigError("model.attn_implementation", PACKED, remedy)
+    check_heads(model.config, path)
     return model
 
 
-def flat_states(model: Any, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True, eq=False)
+class FlatStates:
+    """The last hidden states of sequences that stand one after another; where ranks share tokens, of its own alone."""
+
+    hidden: Tensor  # [P, H]
+    starts: Tensor  # [B] int64: where each sequence begins, among the states of all ranks
+    group: SequenceGroup | None = None  # with which the tokens are shared
+
+    def asked(self, places: Tensor, say: Say, rows: Tensor) -> Tensor:
+        """Return what `say(states, rows)` says of the states at `places` [N] and of `rows` [N, ...]: [N, ...].
+
+        Where ranks share tokens, each asks of its own and hears the rest: a collective of their group.
+        """
+        if self.group is None:
+            return say(self.hidden[places], rows)
+        first = self.group.place * len(self.hidden)
+        mine = (places >= first) & (places < first + len(self.hidden))
+        return self.group.completed(say(self.hidden[places[mine] - first], rows[mine]), mine)
+
+
+def flat_states(model: Any, token_ids: Tensor, lengths: Tensor) -> FlatStates:
     """Return the last hidden states of padded sequences without their padding, as far as the attention allows.
 
     Args:
@@ -57,128 +71,37 @@ def flat_states(model: Any, token_ids: Tensor, lengths: Tensor) -> tuple[Tensor,
         lengths: [B] int64, above 0.
 
     Returns:
-        states [P, H], and [B] int64: where in them each sequence begins. P is the number of tokens, or B x L where the
-        model's attention is not `packed`; causal attention never sees what stands to the right.
+        P states. P is the number of tokens; of tokens that this rank computes, where ranks share them; or B x L where
+        the model's attention is not `packed`: causal attention never sees what stands to the right.
     """
     rows, width = token_ids.shape
     if model.config._attn_implementation != PACKED:
         hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1), torch.arange(0, rows * width, width, device=token_ids.device)
+        return FlatStates(hidden.flatten(0, 1), torch.arange(0, rows * width, width, device=token_ids.device))
     places = torch.arange(width, device=token_ids.device).expand(rows, width)
     real = places < lengths.unsqueeze(-1)
-    ends = lengths.cumsum(0)
+    ids, positions, ends = token_ids[real], places[real], lengths.cumsum(0)
+    starts, group = ends - lengths, sequence_group()
+    own, longest = slice(None), width
+    if group is not None:
+        missing = -len(ids) % group.size
+        if missing:  # one more sequence, of which nothing is asked, makes the row divide
+            ids, positions = F.pad(ids, (0, missing)), torch.cat([positions, places.new_tensor(range(missing))])
+            ends = torch.cat([ends, ends[-1:] + missing])
+            longest = max(width, missing)
+        own = group.own(len(ids))
     bounds = F.pad(ends, (1, 0)).to(torch.int32)
     hidden = model.base_model(
-        input_ids=token_ids[real].unsqueeze(0),
-        position_ids=places[real].unsqueeze(0),
+        input_ids=ids[own].unsqueeze(0),
+        position_ids=positions[own].unsqueeze(0),
         use_cache=False,
         # The names under which transformers hands these through a model to its attention.
         cu_seq_lens_q=bounds,
         cu_seq_lens_k=bounds,
-        max_length_q=width,
-        max_length_k=width,
+        max_length_q=longest,
+        max_length_k=longest,
     ).last_hidden_state
-    return hidden.squeeze(0), ends - lengths
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Return causal attention within each of the sequences that stand one after another.
-
-    Args:
-        query: [1, heads, N, D]; key and value: [1, key heads, N, D].
-        attention_mask: none: `cu_seq_lens_q` says all that a mask would.
-        sliding_window: how many tokens, itself included, a token sees; None: all before it.
-        cu_seq_lens_q: [B + 1] int32, where each sequence begins and the last one ends; max_length_q: of the longest.
-
-    Returns:
-        [1, N, heads, D], and None for the weights, as transformers has it.
-
-    Raises:
-        NotImplementedError: the model does not say where its sequences begin, or asks for what this does not do.
-    """
-    remedy = f"{type(module).__name__} cannot be packed; set model.attn_implementation=sdpa"
-    if cu_seq_lens_q is None or max_length_q is None:
-        raise NotImplementedError(f"the bounds of the sequences do not arrive at its attention: {remedy}")
-    odd = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]
-    if odd or attention_mask is not None or dropout:
-        raise NotImplementedError(f"its attention has {', '.join(odd) or 'a mask or dropout'}: {remedy}")
-    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(query, key, value, scaling, window, cu_seq_lens_q, max_length_q), None
-    bounds = cu_seq_lens_q.tolist()
-    alike = [(length, len(list(same))) for length, same in groupby(end - begin for begin, end in pairwise(bounds))]
-    # Split, not sliced: on the way back each slice would fill a gradient of the whole row.
-    parts = (one.split([length * count for length, count in alike], dim=2) for one in (query, key, value))
-    attended = []
-    for (_, count), *heads in zip(alike, *parts, strict=True):
-        q, k, v = (_as_batch(one, count) for one in heads)
-        attended.append(_causal(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1))
-    return torch.cat(attended).unsqueeze(0), None
-
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """Return the mask that `packed` needs."""
-
-
-def _as_batch(heads: Tensor, count: int) -> Tensor:
-    """Return `count` sequences of equal length as a batch: [1, h, count x L, D] -> [count, h, L, D]."""
-    batch: Tensor = heads.squeeze(0).unflatten(1, (count, -1)).transpose(0, 1)
-    return batch
-
-
-def _causal(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    """Return causal attention over a batch: [B, h, L, D] each, key heads repeated as they are needed."""
-    length = query.shape[-2]
-    mask = None
-    if window is not None and window < length:
-        places = torch.arange(length, device=query.device)
-        back = places[:, None] - places[None, :]
-        mask = (back >= 0) & (back < window)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-
-
-def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, bounds: Tensor, longest: int
-) -> Tensor:
-    """Return the same by torch's kernel for sequences of any lengths. Read, and not yet run, on a GPU."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    query, key, value = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))  # [N, heads, D]
-    attended = varlen_attn(
-        query,
-        key,
-        value,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(attended, Tensor)
-    return attended.unsqueeze(0)
+    return FlatStates(hidden.squeeze(0), starts, group)
 
 
 def in_chunks(model: Any) -> None:

@@ -15,6 +15,7 @@ from learner.collective import evened
 from learner.distribution import SampledFrom
 from learner.experience import Batch, collate
 from learner.models import PolicyOutput
+from learner.sequence_groups import hands
 from learner.steps import backward, blank_pass
 
 WHOLE = SampledFrom()  # text was not sampled: the whole vocabulary, at temperature 1
@@ -45,7 +46,7 @@ class TextLoss:
         rows = self.mini_batch(seed)
         tokens = sum(len(row) - 1 for row in rows)
         share = 0.0
-        own = rows[dist.get_rank() :: dist.get_world_size()]
+        own = rows[dist.get_rank(hands()) :: dist.get_world_size(hands())]
         for batch in evened(text_batches(own, max_tokens=self.max_tokens, padded=self.padded)):
             if batch is None:
                 blank_pass(policy, sampled_from=WHOLE)

@@ -35,9 +35,9 @@ class RewardTrainingModel(nn.Module):
 
     def forward(self, batch: Sequences) -> Tensor:
         """Return scores [B] float32; the last token is found by position, never by comparing with a pad id."""
-        hidden, starts = flat_states(self.model, batch.token_ids, batch.lengths)
-        scores: Tensor = self.model.score(hidden[starts + last_position(batch.mask)]).squeeze(-1).float()
-        return scores
+        states = flat_states(self.model, batch.token_ids, batch.lengths)
+        places = states.starts + last_position(batch.mask)
+        return states.asked(places, lambda hidden, _: self.model.score(hidden).squeeze(-1).float(), places)
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, center_coef: float = 0.0) -> Tensor:

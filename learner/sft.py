@@ -36,11 +36,14 @@ class SFTModel(nn.Module):
 
     def forward(self, batch: Sequences) -> tuple[Tensor, Tensor]:
         """Return (negative log-likelihood summed over answer tokens, how many of them the model ranks first)."""
-        hidden, starts = flat_states(self.model, batch.token_ids, batch.lengths)  # [P, H], [B]
-        places = starts.unsqueeze(-1) + torch.arange(batch.token_ids.shape[1] - 1, device=hidden.device)
-        states = hidden[places[batch.label_mask]]  # [N, H]
+        states = flat_states(self.model, batch.token_ids, batch.lengths)
+        places = states.starts.unsqueeze(-1) + torch.arange(batch.token_ids.shape[1] - 1, device=batch.mask.device)
         labels = batch.token_ids[:, 1:][batch.label_mask]
-        losses, right = of_states(self.model.get_output_embeddings(), states, token_losses, labels).unbind(-1)
+        head = self.model.get_output_embeddings()
+        said = states.asked(
+            places[batch.label_mask], lambda hidden, rows: of_states(head, hidden, token_losses, rows), labels
+        )
+        losses, right = said.unbind(-1)
         return losses.sum(), right.sum().detach()
 
 

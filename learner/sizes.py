@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Any
 
-from conf.schema import LearnerConfig
+from conf.schema import NF4, LearnerConfig
 from learner.packing import LOGIT_BYTES
 
 FLOAT32 = 4
 BYTES = {"float32": 4, "bfloat16": 2}
+FOUR_BITS = 0.5 + 0.127 / 8  # bytes a weight, with its share of the scales: arXiv 2305.14314, section 3
 LOGIT_COPIES = 4  # a chunk's logits, their log-softmax, and a gradient of each
 # Of the elements that DeepSpeed 0.19.8 holds for a time, unless it is told otherwise: deepspeed/runtime/zero/config.py.
 DEFAULTS = {
@@ -49,6 +50,11 @@ class NetworkSize:
     @property
     def largest_group(self) -> int:
         return max(self.groups)
+
+    def in_four_bits(self, width: int) -> int:
+        """Return the bytes of what `actors.four_bits` loads; an element of embeddings and head has `width`."""
+        in_layers = sum(self.groups[1 : 1 + self.layers])
+        return ceil(FOUR_BITS * in_layers) + width * (self.parameters - in_layers)
 
     @property
     def layer_activations(self) -> int:
@@ -115,6 +121,8 @@ def rank_memory(
         trained: False for a frozen network, which has neither gradients nor an optimizer.
     """
     width = BYTES[learner.dtype]
+    if not trained and learner.reference_dtype == NF4:  # whole on every rank
+        return RankMemory({"parameters in 4 bits": network.in_four_bits(width)}, {}, {}, {})
     shard = ceil(network.parameters / num_ranks)
     states = {"parameters": width * shard}
     offloaded: dict[str, int] = {}

@@ -120,7 +120,7 @@ class LearnerWorker:
             phases=self.phases,
         )
         seconds = summed_stats(self.phases.seconds())
-        return metrics | {f"timing/learner_{name}_s": value / self.ranks.world_size for name, value in seconds.items()}
+        return metrics | {f"timing/learner_{name}_s": value / self.ranks.num_hands for name, value in seconds.items()}
 
     def kl_to_reference(self, rollouts: Sequence[ScoredRollout], *, temperature: float) -> float:
         """Return the mean over all ranks' rollouts of log p - log p_ref summed over the response.
@@ -158,9 +158,10 @@ class LearnerWorker:
         )
         if self.rate is None:
             self.rate = matrix_rate(self.device, getattr(torch, self.setup.learner.dtype))
-        early_s, self.early_s = self.early_s / self.ranks.world_size, 0.0
+        early_s, self.early_s = self.early_s / self.ranks.num_hands, 0.0
+        rate = self.rate * self.ranks.sequence_parallel_size
         total = summed_stats(
-            {"tokens": tokens, "positions": positions, "flops": flops, "rate": self.rate, "early_s": early_s}
+            {"tokens": tokens, "positions": positions, "flops": flops, "rate": rate, "early_s": early_s}
         )
         return {
             "timing/early_evaluation_s": total["early_s"],

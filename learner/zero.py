@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from actors.weights import Manifest
 from conf.schema import LearnerConfig, OptimizerConfig
-from learner import lora
+from learner import lora, sequence_groups
 from learner.ranks import Ranks
 
 CPU_ELEMENTS_AT_ONCE = 2**22
@@ -65,6 +65,7 @@ def join(ranks: Ranks, *, device: str, timeout_s: float) -> None:
         verbose=False,
         timeout=timedelta(seconds=timeout_s),
     )
+    sequence_groups.form(ranks, timeout_s=timeout_s)
 
 
 def deepspeed_config(
@@ -105,11 +106,12 @@ def deepspeed_config(
                 "betas": list(optimizer.betas),
                 "eps": optimizer.eps,
                 "weight_decay": optimizer.weight_decay,
-                # DeepSpeed's own kernels are compiled at first use; offloaded states need its CPU kernel all the same.
-                "torch_adam": learner.offload_optimizer == "none",
-                **({"fused": True} if learner.offload_optimizer == "none" else {}),
+                # DeepSpeed's own kernels are compiled at first use; states on a disk need its CPU kernel all the same.
+                "torch_adam": learner.offload_optimizer != "nvme",
+                **({"fused": True} if learner.offload_optimizer != "nvme" else {}),
             },
         }
+        config["zero_force_ds_cpu_optimizer"] = learner.offload_optimizer == "nvme"
     return merged(config, learner.deepspeed)
 
 

@@ -53,13 +53,14 @@ def _run(function: Callable[..., Any], ranks: Ranks, args: tuple[Any, ...]) -> A
         raise
 
 
-def on_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300) -> list[Any]:
+def on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 300, sequence_parallel_size: int = 1
+) -> list[Any]:
     """Return what function(ranks, *args) returned on each of `world_size` new processes, in rank order."""
     port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     with ProcessPoolExecutor(world_size, mp_context=context, initializer=quiet_process) as pool:
-        futures = [
-            pool.submit(_run, function, Ranks(rank, world_size, "127.0.0.1", port), args) for rank in range(world_size)
-        ]
+        places = [Ranks(rank, world_size, "127.0.0.1", port, sequence_parallel_size) for rank in range(world_size)]
+        futures = [pool.submit(_run, function, place, args) for place in places]
         return [future.result(timeout=timeout_s) for future in futures]

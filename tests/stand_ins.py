@@ -100,7 +100,7 @@ class StandIns:
     chunk_size: int = 2
     order_of_chunks: Callable[[list[Chunk]], Iterable[Chunk]] = reversed  # in which they are finished
     choose: Callable[[list[StandInOrder]], StandInOrder] = lambda orders: orders[0]  # who is next to get a chunk
-    num_ranks: int = 2
+    num_hands: int = 2
     kl: float = 0.0
     fail_sync_at: int | None = None
     num_retries: int = 0

@@ -351,6 +351,23 @@ NVME = ["learner.offload_parameters=nvme", "learner.nvme_path=."]
             "learner.ema_decay=0.9: the average reads weights that are in memory",
         ),
         ([*PPO, *NVME], "learner.offload_parameters='nvme': a checkpoint copies what is in memory"),
+        ([*PPO, "learner.reference_dtype=nf4", "model.lora.rank=8"], "learner.reference_dtype='nf4': with model.lora"),
+        (
+            [*PPO, "learner.reference_dtype=nf4", "cluster.placement=colocated"],
+            "learner.reference_dtype='nf4': it would stay on the GPU while the generators sample",
+        ),
+        (
+            [*PPO, "learner.sequence_parallel_size=2", "cluster.num_learners=3"],
+            "learner.sequence_parallel_size=2: cluster.num_learners=3 ranks do not divide by it",
+        ),
+        (
+            [*PPO, "learner.sequence_parallel_size=2", "cluster.num_learners=2", "model.attn_implementation=sdpa"],
+            "model.attn_implementation='sdpa': tokens are shared with model.attn_implementation=packed alone",
+        ),
+        (
+            [*EVAL, "reward.sources=[{path: ., dtype: nf4, engine: vllm}]"],
+            "reward.sources[0].dtype='nf4': is for engine=transformers",
+        ),
         ([*EVAL, "data.eval_path=null"], "data.eval_path=None: the eval stage needs held-out prompts"),
         # --- scores
         (["model.path=.", "data.path=."], "reward.sources=[]: rollouts need a score; name a source"),

@@ -142,7 +142,7 @@ def in_any_order(seed: int) -> Callable[[list[Chunk]], Iterable[Chunk]]:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_rollout_reaches_the_learner_with_its_own_score_and_baseline(seed: int) -> None:
     """Through shaping, dealing and the addresses that travel, whatever order the chunks come in."""
-    partners = StandIns(own_score, chunk_size=3, order_of_chunks=in_any_order(seed), num_ranks=3)
+    partners = StandIns(own_score, chunk_size=3, order_of_chunks=in_any_order(seed), num_hands=3)
     shaping = ShapingConfig(normalise=True)
     driver = make_driver(partners, rollouts=WithGreedyBaselines, shaping=shaping, estimator="remax")
     driver.iterate()
@@ -209,18 +209,18 @@ def test_scores_stand_with_their_rows_in_the_order_of_prompt_and_sample() -> Non
 
 def test_rollouts_are_dealt_whole_and_mini_batches_do_not_depend_on_the_ranks() -> None:
     members = {}
-    for num_ranks in (1, 2, 3):
-        partners = StandIns(num_ranks=num_ranks)
+    for num_hands in (1, 2, 3):
+        partners = StandIns(num_hands=num_hands)
         make_driver(partners).iterate()
         hands = partners.updates[0]
-        assert len(hands) == num_ranks
+        assert len(hands) == num_hands
         mini_batches = [
             sorted((s.handle.info.prompt_id, s.handle.info.sample) for hand in hands for s in hand[index])
             for index in range(2)
         ]
         assert [len(mini_batch) for mini_batch in mini_batches] == [4, 4]
         assert sorted(mini_batches[0] + mini_batches[1]) == [(p, s) for p in range(4) for s in range(2)]
-        members[num_ranks] = mini_batches
+        members[num_hands] = mini_batches
     assert members[1] == members[2] == members[3]
 
 

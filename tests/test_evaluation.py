@@ -143,7 +143,7 @@ def test_the_kl_is_asked_at_the_temperature_of_the_evaluation() -> None:
     assert evaluator.evaluate().metrics["eval/kl"] == 0.25
     assert [asked for asked in partners.asked if asked.startswith("kl")] == ["kl at 0.9"]
     hands = partners.judged[0]
-    assert len(hands) == partners.num_ranks
+    assert len(hands) == partners.num_hands
     assert sorted(h.info.prompt_id for hand in hands for h in hand) == [0, 1, 2, 3, 4]
 
 

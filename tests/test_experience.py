@@ -92,30 +92,30 @@ def test_rows_of_an_evaluation_come_together_in_another_batch(critic: bool) -> N
 
 def test_deal_by_hand() -> None:
     # 5 -> rank 0; 4 -> 1; 3 -> 1 (4 < 5); 3 -> 0 (5 < 7); 2 -> 1 (7 < 8)
-    assert deal([5, 4, 3, 3, 2], mini_batch_size=5, num_ranks=2, seed=0) == [[[0, 3]], [[1, 2, 4]]]
-    assert deal([1, 9], mini_batch_size=2, num_ranks=3, seed=0) == [[[1]], [[0]], [[]]]
+    assert deal([5, 4, 3, 3, 2], mini_batch_size=5, num_hands=2, seed=0) == [[[0, 3]], [[1, 2, 4]]]
+    assert deal([1, 9], mini_batch_size=2, num_hands=3, seed=0) == [[[1]], [[0]], [[]]]
 
 
 def lengths_of(count: int) -> list[int]:
     return [int(n) for n in np.random.default_rng(1).integers(1, 90, count)]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5])
-def test_every_rollout_is_dealt_once_to_the_same_mini_batch_for_any_number_of_ranks(num_ranks: int) -> None:
+@pytest.mark.parametrize("num_hands", [1, 2, 3, 5])
+def test_every_rollout_is_dealt_once_to_the_same_mini_batch_for_any_number_of_ranks(num_hands: int) -> None:
     lengths = lengths_of(48)
-    dealt = deal(lengths, mini_batch_size=12, num_ranks=num_ranks, seed=7)
-    assert len(dealt) == num_ranks
+    dealt = deal(lengths, mini_batch_size=12, num_hands=num_hands, seed=7)
+    assert len(dealt) == num_hands
     assert {len(hands) for hands in dealt} == {4}
     together = [sorted(i for hands in dealt for i in hands[k]) for k in range(4)]
     assert [len(members) for members in together] == [12] * 4
     assert sorted(i for members in together for i in members) == list(range(48))
-    alone = deal(lengths, mini_batch_size=12, num_ranks=1, seed=7)[0]
+    alone = deal(lengths, mini_batch_size=12, num_hands=1, seed=7)[0]
     assert together == [sorted(members) for members in alone]
 
 
 def test_dealing_balances_tokens() -> None:
     lengths = lengths_of(64)
-    for hands in zip(*deal(lengths, mini_batch_size=32, num_ranks=4, seed=0), strict=True):
+    for hands in zip(*deal(lengths, mini_batch_size=32, num_hands=4, seed=0), strict=True):
         loads = [sum(lengths[i] for i in hand) for hand in hands]
         assert max(loads) - min(loads) <= 0.05 * sum(loads) / 4
 
@@ -127,26 +127,26 @@ def test_dealing_balances_attention_too() -> None:
     lengths = [12, 7, 7, 7]
     costs = [passes_flops(Costs(cost, None), [length], 1, epochs=1, train_policy=True) for length in lengths]
     assert [c / costs[1] for c in costs] == [pytest.approx(78 / 28), 1, 1, 1]  # L (L + 1) / 2
-    by_tokens, by_cost = (deal(of, mini_batch_size=4, num_ranks=2, seed=0) for of in (lengths, costs))
+    by_tokens, by_cost = (deal(of, mini_batch_size=4, num_hands=2, seed=0) for of in (lengths, costs))
     assert sorted(len(hands[0]) for hands in by_tokens) == [2, 2]
     assert sorted(len(hands[0]) for hands in by_cost) == [1, 3]
 
 
 def test_dealing_depends_on_the_seed_alone() -> None:
     lengths = lengths_of(32)
-    one, again, other = (deal(lengths, mini_batch_size=8, num_ranks=2, seed=seed) for seed in (3, 3, 4))
+    one, again, other = (deal(lengths, mini_batch_size=8, num_hands=2, seed=seed) for seed in (3, 3, 4))
     assert one == again != other
     mini_batches = [sorted(one[0][k] + one[1][k]) for k in range(4)]
     assert mini_batches != [list(range(k, k + 8)) for k in range(0, 32, 8)], "the rollouts are shuffled"
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("num_hands", [1, 3])
 @pytest.mark.parametrize(
     ("count", "sizes"),
     [(1, [1]), (3, [3]), (4, [4]), (5, [3, 2]), (8, [4, 4]), (9, [3, 3, 3]), (10, [4, 3, 3]), (13, [4, 3, 3, 3])],
 )
-def test_a_batch_that_does_not_divide_is_cut_as_evenly_as_can_be(count: int, sizes: list[int], num_ranks: int) -> None:
-    dealt = deal(lengths_of(count), mini_batch_size=4, num_ranks=num_ranks, seed=3)
+def test_a_batch_that_does_not_divide_is_cut_as_evenly_as_can_be(count: int, sizes: list[int], num_hands: int) -> None:
+    dealt = deal(lengths_of(count), mini_batch_size=4, num_hands=num_hands, seed=3)
     together = [[i for hands in dealt for i in hands[k]] for k in range(len(sizes))]
     assert {len(hands) for hands in dealt} == {len(sizes)}
     assert [len(members) for members in together] == sizes
@@ -155,7 +155,7 @@ def test_a_batch_that_does_not_divide_is_cut_as_evenly_as_can_be(count: int, siz
 
 def test_a_batch_that_divides_is_cut_into_slices_of_the_shuffled_order() -> None:
     order = np.random.default_rng(11).permutation(12).tolist()
-    (dealt,) = deal(lengths_of(12), mini_batch_size=4, num_ranks=1, seed=11)
+    (dealt,) = deal(lengths_of(12), mini_batch_size=4, num_hands=1, seed=11)
     assert [sorted(members) for members in dealt] == [sorted(order[:4]), sorted(order[4:8]), sorted(order[8:])]
 
 
@@ -311,7 +311,7 @@ TEMPERATURE, KL_COEF, GAMMA, LAMBDA, CLIP = 0.8, 0.3, 0.97, 0.9, 0.2
 
 
 def packed_loss(
-    net: Tables, rollouts: list[ScoredRollout], *, num_ranks: int, max_tokens: int
+    net: Tables, rollouts: list[ScoredRollout], *, num_hands: int, max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """The loss of one mini-batch and the gradient of the policy's table, by the learner's pieces."""
     policy = net.policy.clone().requires_grad_()
@@ -323,7 +323,7 @@ def packed_loss(
 
     lengths = [one.rollout.num_tokens for one in rollouts]
     batches = []
-    for hands in deal(lengths, mini_batch_size=len(rollouts), num_ranks=num_ranks, seed=5):
+    for hands in deal(lengths, mini_batch_size=len(rollouts), num_hands=num_hands, seed=5):
         mine = [rollouts[i] for i in hands[0]]
         cut = micro_batches([one.rollout.num_tokens for one in mine], max_tokens=max_tokens, padded=True)
         batches += [collate([mine[i] for i in part]) for part in cut]
@@ -374,10 +374,10 @@ def slow_loss(net: Tables, rollouts: list[ScoredRollout]) -> float:
 def test_the_loss_of_a_train_batch_does_not_depend_on_ranks_or_micro_batches() -> None:
     net, rollouts = tables(), train_batch()
     expected = slow_loss(net, rollouts)
-    whole, gradient = packed_loss(net, rollouts, num_ranks=1, max_tokens=10**6)
+    whole, gradient = packed_loss(net, rollouts, num_hands=1, max_tokens=10**6)
     assert whole.item() == pytest.approx(expected, abs=1e-5)
-    for num_ranks, max_tokens in ((1, 16), (2, 40), (3, 16), (5, 1)):
-        loss, again = packed_loss(net, rollouts, num_ranks=num_ranks, max_tokens=max_tokens)
+    for num_hands, max_tokens in ((1, 16), (2, 40), (3, 16), (5, 1)):
+        loss, again = packed_loss(net, rollouts, num_hands=num_hands, max_tokens=max_tokens)
         assert loss.item() == pytest.approx(whole.item(), abs=1e-6)
         torch.testing.assert_close(again, gradient, atol=1e-6, rtol=0)
     assert gradient.abs().max() > 1e-3

@@ -44,7 +44,6 @@ SOURCE = {"type": "http", "url": "http://a/score"}
         ({}, {"model__path": "org/b"}, ["model.path is org/b, was null"]),
         ({}, {"learner__dtype": "float32", "seed": 1}, ["seed is 1, was 0", "learner.dtype is float32, was bfloat16"]),
         ({"reward__batch_size": 64}, {"reward__batch_size": 32}, ["reward.batch_size is 32, was 64"]),
-        ({}, {"learner__offload_optimizer": "cpu"}, ["learner.offload_optimizer is cpu, was none"]),  # another Adam
         ({}, {"learner__policy__lr": 1e-5}, ["learner.policy.lr is 1e-05, was 1e-06"]),
         ({}, {"learner__deepspeed": {"a": {"b": 1}}}, ["learner.deepspeed.a is"]),
         (
@@ -79,6 +78,8 @@ def test_each_setting_that_differs_is_a_line(before: dict[str, Any], now: dict[s
         {"generator__tensor_parallel_size": 2, "generator__enforce_eager": True},
         {"learner__offload_parameters": "nvme", "learner__nvme_path": "/disk"},
         {"learner__gradient_checkpointing": True, "learner__micro_batch_tokens": 1024},
+        {"learner__offload_optimizer": "cpu"},
+        {"cluster__num_learners": 2, "learner__sequence_parallel_size": 2},
         {"reward__retries": 9, "reward__backoff_s": 0.1},
     ],
 )

@@ -1,4 +1,5 @@
-"""The learner over real gloo ranks: one rank equals a plain loop, and two ranks equal one, in seven variants.
+"""The learner over real gloo ranks: one rank equals a plain loop, two ranks equal one, in seven variants, and so do
+four of which each two share the tokens of their rollouts, in four.
 
 The variants take their updates one after another in the same processes, since starting those takes long.
 Two and a half minutes.
@@ -125,7 +126,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 SAME: dict[str, dict[str, Any]] = {
     "one micro-batch": {"micro_batch_tokens": 10_000},
     "checkpointing, other micro-batches": {"gradient_checkpointing": True, "micro_batch_tokens": 20},
+    "offloaded": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
 }
+# On ranks that share tokens: a critic of its own, a value head, adapters and groups over all ranks, text mixed in.
+SHARED = ("gae", "shared critic, entropy, KL loss", "rloo, gspo, lora", "remax, ptx, ema, engine")
 # Without this DeepSpeed keeps parameters as small as these whole on every rank.
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
@@ -203,17 +207,17 @@ def train_batch(step: int) -> list[list[ScoredRollout]]:
 
 
 def hand(mini_batch: Sequence[ScoredRollout], ranks: Ranks, *, step: int, index: int) -> list[ScoredRollout]:
-    """This rank's rollouts; in the last train batch each mini-batch is on one rank alone."""
+    """This rank's rollouts; in the last train batch each mini-batch is in one hand alone."""
     if step == NUM_UPDATES - 1:
-        return list(mini_batch) if ranks.rank == index % ranks.world_size else []
-    return [scored for i, scored in enumerate(mini_batch) if i % ranks.world_size == ranks.rank]
+        return list(mini_batch) if ranks.hand == index % ranks.num_hands else []
+    return [scored for i, scored in enumerate(mini_batch) if i % ranks.num_hands == ranks.hand]
 
 
 def evaluated_elsewhere(worker: Any, hands: Sequence[Sequence[ScoredRollout]], *, step: int) -> Any:
     """Let each rank evaluate what another one trains on, one mini-batch after another; of the last step half."""
     import torch.distributed as dist
 
-    rank, count = dist.get_rank(), dist.get_world_size()
+    rank, count, away = worker.ranks.rank, worker.ranks.world_size, worker.ranks.sequence_parallel_size
     known: list[list[Any]] = []
     for index, mini_batch in enumerate(hands):
         if step == NUM_UPDATES - 1 and index % 2:
@@ -222,8 +226,8 @@ def evaluated_elsewhere(worker: Any, hands: Sequence[Sequence[ScoredRollout]], *
         every: list[Any] = [None] * count
         dist.all_gather_object(every, [scored.rollout for scored in mini_batch])
         seen: list[Any] = [None] * count
-        dist.all_gather_object(seen, worker.evaluate(every[(rank + 1) % count]))
-        known.append(seen[(rank - 1) % count])
+        dist.all_gather_object(seen, worker.evaluate(every[(rank + away) % count]))
+        known.append(seen[(rank - away) % count])
     return known
 
 
@@ -281,6 +285,13 @@ def two_ranks(checkpoints: Checkpoints, exported: Path) -> list[dict[str, Traine
     return on_ranks(run_variants, 2, {name: make_setup(name, checkpoints) for name in VARIANTS}, exported)
 
 
+@pytest.fixture(scope="module")
+def sharing_tokens(checkpoints: Checkpoints) -> list[dict[str, Trained]]:
+    """Four ranks, of which each two share the tokens of their rollouts."""
+    setups = {name: make_setup(name, checkpoints) for name in SHARED}
+    return on_ranks(run_variants, 4, setups, sequence_parallel_size=2)
+
+
 def furthest(one: dict[str, Any], other: dict[str, Any]) -> float:
     assert one.keys() == other.keys()
     return max((float(np.abs(one[name] - other[name]).max()) for name in one), default=0.0)
@@ -317,6 +328,17 @@ def test_two_ranks_equal_one(name: str, two_ranks: list[dict[str, Trained]], one
     """Though what a rank trains on has been evaluated by the other, most of it. (PPO details 4, 8)"""
     first, second = (of_rank[name] for of_rank in two_ranks)
     assert first.metrics == second.metrics, "every rank reports the same metrics"
+    assert_same(first, one_rank[name], weights=1e-6, metrics=1e-5)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_ranks_that_share_tokens_equal_one(
+    name: str, sharing_tokens: list[dict[str, Trained]], one_rank: dict[str, Trained]
+) -> None:
+    """Rows do not divide by two at times, and some states of a rollout are one rank's and some the other's."""
+    first, *others = (of_rank[name] for of_rank in sharing_tokens)
+    for other in others:
+        assert list(map(mathematics, other.metrics)) == list(map(mathematics, first.metrics)), "on every rank"
     assert_same(first, one_rank[name], weights=1e-6, metrics=1e-5)
 
 

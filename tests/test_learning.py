@@ -97,8 +97,8 @@ def score_of(prompt: int, response: list[int]) -> float:
 @torch.no_grad()
 def logits_after(model: Any, prompts: torch.Tensor) -> torch.Tensor:
     rows, width = prompts.shape
-    states, starts = flat_states(model, prompts, torch.full((rows,), width))
-    logits: torch.Tensor = model.get_output_embeddings()(states[starts + width - 1])
+    states = flat_states(model, prompts, torch.full((rows,), width))
+    logits: torch.Tensor = model.get_output_embeddings()(states.hidden[states.starts + width - 1])
     return logits
 
 
@@ -168,7 +168,7 @@ def learn(ranks: Ranks, checkpoint: str, *, sign: float = 1.0, **changes: Any) -
     for step in range(UPDATES):
         scored = rollouts(model, step, sign=sign, with_greedy=setup.algorithm.estimator == "remax", generator=generator)
         lengths = [one.rollout.num_tokens for one in scored]
-        (hands,) = deal(lengths, mini_batch_size=setup.algorithm.mini_batch_size, num_ranks=1, seed=step)
+        (hands,) = deal(lengths, mini_batch_size=setup.algorithm.mini_batch_size, num_hands=1, seed=step)
         metrics = worker.update([[scored[i] for i in hand] for hand in hands], kl_coef=KL_COEF, seed=step, step=step)
     return Outcome(before, min(chances(model)), metrics)
 

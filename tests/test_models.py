@@ -14,6 +14,7 @@ from learner import models
 from learner.distribution import SampledFrom
 from learner.experience import Batch, collate
 from learner.models import PolicyModel, PolicyOutput
+from learner.packing import FlatStates
 from tests.batches import random_rollouts, scored
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, tiny_checkpoint, tiny_config
 
@@ -89,7 +90,7 @@ def test_values_stand_where_their_states_do() -> None:
 
     batch = collate([scored([5, 6, 7], [8, 9]), scored([1], [2, 3, 4], mask=[True, False, True])])
     hidden = torch.arange(10.0).view(2, 5, 1).repeat(1, 1, 3)  # a state's value is where it stands, plus 5 a row
-    values = models.head_values(First(), hidden.flatten(0, 1), torch.tensor([0, 5]), batch)
+    values = models.head_values(First(), FlatStates(hidden.flatten(0, 1), torch.tensor([0, 5])), batch)
     assert values.tolist() == [[2, 3, 0, 4], [5, 0, 7, 8]]
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import ConfigError
-from learner import models
+from learner import models, sequence_groups
+from learner.attention import PACKED, packed_attention, register
 from learner.batching import micro_batches
 from learner.distribution import SampledFrom, logprobs_and_entropy
 from learner.experience import collate
 from learner.models import PolicyModel, PolicyOutput
-from learner.packing import PACKED, VocabularyHead, flat_states, packed_attention, register
+from learner.packing import VocabularyHead, flat_states
 from tests.batches import random_rollouts
 from tests.tiny_models import FAMILIES, tiny_checkpoint
 
@@ -42,7 +43,8 @@ def test_states_are_those_of_each_sequence_by_itself(folders: dict[str, str], fa
     alone = load(folders[family], attn_implementation="eager")
     ids = sequences()
     with torch.no_grad():
-        states, starts = flat_states(model, ids, LENGTHS)
+        flat = flat_states(model, ids, LENGTHS)
+        states, starts = flat.hidden, flat.starts
         assert states.shape[0] == int(LENGTHS.sum())
         assert starts.tolist() == [0, 9, 18, 27, 33, 39]
         for row, (start, length) in enumerate(zip(starts.tolist(), LENGTHS.tolist(), strict=True)):
@@ -66,13 +68,20 @@ def test_gradients_are_those_of_padded_batches(folders: dict[str, str], family: 
         torch.testing.assert_close(one, gradients[1][name], atol=2e-5, rtol=1e-3, msg=name)
 
 
+def test_heads_that_ranks_cannot_share_are_refused(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence_groups, "_formed", sequence_groups.SequenceGroup(3, 0, None, None))
+    with pytest.raises(ConfigError, match=r"learner.sequence_parallel_size=3: .* has 2 heads and 1 for keys"):
+        models.load_causal_lm(folders["llama"], attn_implementation=PACKED)
+
+
 def test_no_sequence_sees_another(folders: dict[str, str]) -> None:
     model = models.load_causal_lm(folders["llama"], attn_implementation=PACKED)
     ids = sequences()
     changed = ids.clone()
     changed[3, :6] = 7
     with torch.no_grad():
-        (before, starts), (after, _) = (flat_states(model, one, LENGTHS) for one in (ids, changed))
+        one, other = (flat_states(model, either, LENGTHS) for either in (ids, changed))
+    before, after, starts = one.hidden, other.hidden, one.starts
     same = torch.ones(len(before), dtype=torch.bool)
     same[starts[3] : starts[3] + 6] = False
     assert torch.equal(before[same], after[same])

@@ -99,7 +99,7 @@ def free_cores(head: Head) -> float:
 
 def test_submit_follow_stop_and_go_on(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "sft.num_steps=400", "checkpoint.every=5"]
+    words = [*SMALL, f"run.dir={run_dir}", "resume=auto", "sft.num_steps=150", "checkpoint.every=5"]
     name, submitted = submit(head.jobs, *words, wait=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     reached_it = wait_for(lambda: reached(run_dir, "sft", 5), seconds=300)
@@ -119,7 +119,7 @@ def test_submit_follow_stop_and_go_on(head: Head, tmp_path: Path) -> None:
     assert json.loads((run_dir / "summary.json").read_text())["experiment"] == "quickstart"
     steps = [(row["stage"], row["step"]) for row in metrics_of(run_dir)]
     assert steps == [
-        *(("sft", step) for step in range(1, 401)),
+        *(("sft", step) for step in range(1, 151)),
         *(("reward", step) for step in range(1, 4)),
         *(("ppo", step) for step in range(4)),
     ], "each step once"

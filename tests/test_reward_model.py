@@ -388,6 +388,32 @@ def test_an_adapter_is_merged_into_its_base_with_its_own_head(tmp_path: Path, po
     assert scores_of(coarse, [rollout(q, a) for q, a in DIALOGUES]) == pytest.approx(expected, abs=0.5)
 
 
+def test_a_base_in_four_bits_scores_as_its_weights_do_under_the_adapter(tmp_path: Path, policy: str) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    adapter = save_adapter(tmp_path / "adapter", policy)
+    model = load(adapter, dtype="nf4")
+    base = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
+    of_base, stored = dict(base.named_modules()), 0
+    for name, module in model.model.named_modules():
+        if isinstance(module, Linear4bit):
+            plain: Any = of_base[name.removesuffix(".base_layer")]
+            plain.weight.data.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
+            stored += 1
+    assert stored == 2 * 7, "every linear layer but the head"
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    same = merged_by_hand(tmp_path / "same", str(tmp_path / "base"), tmp_path / "adapter")
+    exact = merged_by_hand(tmp_path / "exact", policy, tmp_path / "adapter")
+    got = scores_of(model, [rollout(q, a) for q, a in DIALOGUES])
+    expected, before = (
+        [hf_score(path, tiny_tokenizer(), closed_text(q, a)) for q, a in DIALOGUES] for path in (same, exact)
+    )
+    assert got == pytest.approx(expected, abs=1e-4)
+    assert max(abs(one - other) for one, other in zip(got, before, strict=True)) > 1e-3
+
+
 def test_adapters_that_cannot_score_are_refused(tmp_path: Path, policy: str) -> None:
     assert "is an adapter for CAUSAL_LM" in refused(save_adapter(tmp_path / "causal", policy, task="CAUSAL_LM"))
     assert "no score head of shape (1, 32)" in refused(save_adapter(tmp_path / "headless", policy, head=False))

@@ -19,14 +19,12 @@ pytestmark = pytest.mark.ranks
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, scheduler="linear", warmup_steps=3)
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-# Torch's own AdamW for offloaded states too: DeepSpeed's has to be compiled.
-OFFLOADED = {"zero_force_ds_cpu_optimizer": False, "optimizer": {"params": {"torch_adam": True}}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "float32": {"dtype": "float32", "deepspeed": PARTITIONED},
     "bfloat16": {"dtype": "bfloat16", "deepspeed": PARTITIONED},
     "small parameters whole": {"dtype": "bfloat16"},
     "groups of a few parameters": {"dtype": "float32", "deepspeed": {"zero_optimization": {"sub_group_size": 4}}},
-    "offloaded": {"dtype": "bfloat16", "offload_optimizer": "cpu", "deepspeed": OFFLOADED},
+    "offloaded": {"dtype": "bfloat16", "offload_optimizer": "cpu"},
 }
 NUMELS = {"first.weight": 15, "first.bias": 3, "second.weight": 3, "second.bias": 1}
 KINDS = ("master", "exp_avg", "exp_avg_sq")

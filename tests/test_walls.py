@@ -16,7 +16,15 @@ SOURCES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROO
 SOURCES += [Path("launch.py")]
 ALLOWED = {  # of our own packages
     "actors": {"actors", "conf"},
-    "learner": {"learner", "conf", "actors.rollout", "actors.spans", "actors.weights", "actors.weight_transport"},
+    "learner": {
+        "learner",
+        "conf",
+        "actors.four_bits",
+        "actors.rollout",
+        "actors.spans",
+        "actors.weights",
+        "actors.weight_transport",
+    },
     "cluster": {"cluster", "actors", "learner", "conf"},
     "conf": {"conf"},
     "launch": {"conf", "actors", "cluster"},

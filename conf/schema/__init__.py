@@ -13,6 +13,7 @@ from conf.schema.algorithm import AlgorithmConfig, PTXConfig
 from conf.schema.checkpoint import CheckpointConfig
 from conf.schema.data import DataConfig, DataSourceConfig, RewardTrainingConfig, SupervisedConfig, TaskConfig
 from conf.schema.engines import (
+    NF4,
     ClusterConfig,
     GeneratorConfig,
     LearnerConfig,
@@ -25,6 +26,7 @@ from conf.schema.rules import ConfigError, at_least, one_of
 from conf.schema.watching import EvaluationConfig, MonitorConfig, TrackingConfig
 
 __all__ = [
+    "NF4",
     "STAGES",
     "AlgorithmConfig",
     "CheckpointConfig",

@@ -8,6 +8,7 @@ from typing import Any
 from conf.schema.rules import ConfigError, above, at_least, one_of, sampling_temperature, within, without_effect
 
 DTYPES = ("float32", "bfloat16")
+NF4 = "nf4"  # four bits a weight, for networks that are never trained
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -138,8 +139,10 @@ class LearnerConfig:
     critic_init: str = "reward"  # of a separate critic: reward | policy | a checkpoint path
     ema_decay: float | None = None  # set: an average of the policy's weights is kept and exported too
     dtype: str = "bfloat16"  # of the forward and backward pass; optimizer states are float32
+    reference_dtype: str | None = None  # None: dtype, in shards; nf4: four bits a weight (QLoRA's), whole on every rank
     zero_stage: int = 3
     micro_batch_tokens: int = 16_384  # tokens in one forward and backward pass
+    sequence_parallel_size: int = 1  # neighbouring ranks that share the tokens of each micro-batch, for long contexts
     gradient_checkpointing: bool = False
     offload_optimizer: str = "none"  # none | cpu | nvme
     offload_parameters: str = "none"
@@ -150,12 +153,15 @@ class LearnerConfig:
         self.policy.check("learner.policy")
         self.critic.check("learner.critic")
         one_of("learner.dtype", self.dtype, DTYPES)
+        if self.reference_dtype is not None:
+            one_of("learner.reference_dtype", self.reference_dtype, (NF4,))
         one_of("learner.critic_network", self.critic_network, CRITICS)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError("learner.ema_decay", self.ema_decay, "must lie between 0 and 1, both excluded")
         if self.zero_stage != 3:
             raise ConfigError("learner.zero_stage", self.zero_stage, "only stage 3 is supported")
         at_least("learner.micro_batch_tokens", self.micro_batch_tokens, 1)
+        at_least("learner.sequence_parallel_size", self.sequence_parallel_size, 1)
         for name in ("offload_optimizer", "offload_parameters"):
             one_of(f"learner.{name}", getattr(self, name), ("none", "cpu", "nvme"))
             if getattr(self, name) == "nvme" and self.nvme_path is None:

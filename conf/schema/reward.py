@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from conf.schema.engines import DTYPES
+from conf.schema.engines import DTYPES, NF4
 from conf.schema.rules import ConfigError, above, at_least, finite, module_function, one_of, without_effect
 
 FAILURES = ("stop", "drop")
@@ -36,7 +36,7 @@ class RewardSourceConfig:
     path: str | None = None  # sequence-classification checkpoint with one label; None: what the reward stage trains
     engine: str = "transformers"  # | vllm, which scores with its pooling runner
     chat_template: bool | None = None  # None: render with the reward model's template if it has one
-    dtype: str = "float32"
+    dtype: str = "float32"  # | bfloat16 | nf4: four bits a weight (QLoRA's), computed in bfloat16, on CPU in float32
     max_batch_tokens: int = 16_384  # padded tokens in one forward pass
     shape: dict[str, Any] = field(default_factory=dict)  # as model.shape
     # function
@@ -85,7 +85,9 @@ class RewardSourceConfig:
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"{key}.url", self.url, "must begin with http:// or https://")
         one_of(f"{key}.engine", self.engine, REWARD_ENGINES)
-        one_of(f"{key}.dtype", self.dtype, DTYPES)
+        one_of(f"{key}.dtype", self.dtype, (*DTYPES, NF4))
+        if self.dtype == NF4 and self.engine == "vllm":
+            raise ConfigError(f"{key}.dtype", NF4, "is for engine=transformers; set it to bfloat16, or the engine")
         one_of(f"{key}.format", self.format, HTTP_FORMATS)
         at_least(f"{key}.max_batch_tokens", self.max_batch_tokens, 1)
         above(f"{key}.timeout_s", self.timeout_s, 0)
