@@ -174,16 +174,15 @@ def load_scalar_model(path: str, *, attn_implementation: str, trust_remote_code:
     return checked(model, path)
 
 
-def new_value_head(model: Any, *, seed: int) -> nn.Linear:
-    """Return a value head for the states of `model`, in float32: normal weights over the root of H, no bias.
+def new_value_head(model: Any) -> nn.Linear:
+    """Return a value head for the states of `model`, in float32: all zeros, so that every value begins at zero.
 
-    So values begin at the scale of one, whatever the width; no library sets a standard here.
+    Drawn at random it would begin at the size of the states, which in a trained model may be large beside any reward,
+    and the first advantages would be its noise. Its gradient is not zero: the states are not.
     """
-    width = model.config.get_text_config().hidden_size
-    head = nn.Linear(width, 1)
-    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
     with torch.no_grad():
-        head.weight.normal_(std=width**-0.5, generator=generator)
+        head.weight.zero_()
         head.bias.zero_()
     return head
 

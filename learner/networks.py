@@ -87,7 +87,7 @@ def make_networks(setup: LearnerSetup) -> Networks:
     shared = algorithm.has_critic and learner.critic_network == "shared"
     adapted = setup.model.lora.rank is not None
     model = load_policy(setup, setup.model.path)
-    head = models.new_value_head(model, seed=setup.seed) if shared else None
+    head = models.new_value_head(model) if shared else None
     if adapted:
         model = lora.adapted(model, setup.model.lora, seed=setup.seed, task=lora.CAUSAL_LM)
     policy = zero.trained_engine(

@@ -101,8 +101,7 @@ class PlainLearner:
         if self.a.estimator == "gae" and setup.learner.critic_network == "shared":
             width = self.policy.config.hidden_size
             self.head = torch.nn.Linear(width, 1, dtype=torch.float64)
-            drawn = torch.randn(1, width, generator=torch.Generator().manual_seed(setup.seed))
-            self.head.weight.data = (drawn * width**-0.5).double()
+            self.head.weight.data.zero_()
             self.head.bias.data.zero_()
             parameters += list(self.head.parameters())
         self.trained = {"policy": self._optimizer(parameters, setup.learner.policy, self.a.critic_warmup_steps)}
