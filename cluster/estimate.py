@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import floor
 from typing import Any
 
 from rich.console import Console
@@ -150,14 +151,22 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
     learning = context | states | update
     sync = context | states | {"gathered layer group": gathered, "sync buckets": 2 * bucket}
     receiving = dict(generator) | {"sync buckets": 2 * bucket}
+    scoring = {}
+    if networks.rewards:
+        scoring = context | actor_sizes.reward_memory(networks.rewards, config.reward)
     if cluster.placement == COLOCATED:
+        beside = {f"reward: {name}": size for name, size in scoring.items()}  # stays on its GPU, whoever's turn it is
         rested = {"learner at rest: context": CONTEXT[device]} if device == "cuda" else {}
         asleep = {"generator asleep: context": CONTEXT[device]} if device == "cuda" else {}
         awake_without_cache = {name: size for name, size in receiving.items() if name != "KV cache"}
         lines = [
-            Line("shared", "sampling", dict(generator) | rested),
-            Line("shared", "learning", learning | asleep),
-            Line("shared", "weight sync", sync | {f"generator: {name}": s for name, s in awake_without_cache.items()}),
+            Line("shared", "sampling", dict(generator) | rested | beside),
+            Line("shared", "learning", learning | asleep | beside),
+            Line(
+                "shared",
+                "weight sync",
+                sync | {f"generator: {name}": size for name, size in awake_without_cache.items()} | beside,
+            ),
         ]
     else:
         lines = [
@@ -166,8 +175,8 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
             Line("learner", "learning", learning),
             Line("learner", "weight sync", sync),
         ]
-    if networks.rewards:
-        lines.append(Line("reward", "scoring", context | actor_sizes.reward_memory(networks.rewards, config.reward)))
+        if scoring:
+            lines.append(Line("reward", "scoring", scoring))
     return [Line(one.role, one.phase, {**one.parts, "fragments": int(FRAGMENTS * one.total)}) for one in lines]
 
 
@@ -249,6 +258,12 @@ def _too_large(config: Config, line: Line, limit: int) -> ConfigError:
     most = max(line.parts, key=lambda name: line.parts[name])
     why = f"{line.role} needs {gib(line.total)} while {line.phase}, of a GPU of {gib(limit)}; most of it is {most}"
     learner = config.learner
+    if line.role == "shared" and line.phase == "sampling":
+        own = sum(line.parts[name] for name in ("weights", "passes", "KV cache"))
+        beside = line.total / (1 + FRAGMENTS) - own
+        room = floor(20 * (limit / (1 + FRAGMENTS) - beside) / limit) / 20
+        share = config.generator.gpu_memory_utilization
+        return ConfigError("generator.gpu_memory_utilization", share, f"{why}; set it to {room:g}")
     if line.role == "generator" or most.startswith("generator"):
         width = config.generator.tensor_parallel_size
         return ConfigError("generator.tensor_parallel_size", width, f"{why}; set it to {2 * width}")

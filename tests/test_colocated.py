@@ -13,19 +13,29 @@ from pathlib import Path
 import pytest
 
 from tests.runs import launched, metrics_of
+from tests.tiny_models import tiny_checkpoint
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
-TWO_OF_EACH = ("cluster.num_generators=2", "cluster.num_learners=2", "algorithm.num_steps=4")
+TWO_OF_EACH = (
+    "stages=[ppo]",
+    "model.init_config=null",
+    "reward.sources=[{type: function, function: examples.functions:brevity}]",
+    "learner.critic_init=policy",
+    "cluster.num_generators=2",
+    "cluster.num_learners=2",
+    "algorithm.num_steps=4",
+)
 
 
 def test_taking_turns_changes_nothing_of_what_is_learnt_even_if_a_generator_is_killed(tmp_path: Path) -> None:
-    with launched(tmp_path / "shared", *TWO_OF_EACH, "cluster.placement=colocated") as run:
+    settings = (*TWO_OF_EACH, f"model.path={tiny_checkpoint(tmp_path / 'policy')}")
+    with launched(tmp_path / "shared", *settings, "cluster.placement=colocated") as run:
         run.await_step("ppo", 1)
         os.kill(run.pids("ray::GeneratorProcess")[0], signal.SIGKILL)
         run.succeed()
         run.assert_nothing_left()
-    with launched(tmp_path / "apart", *TWO_OF_EACH) as run:
+    with launched(tmp_path / "apart", *settings) as run:
         run.succeed()
     shared, apart = (
         [row for row in metrics_of(tmp_path / name) if row["stage"] == "ppo"] for name in ("shared", "apart")

@@ -41,6 +41,8 @@ def test_every_experiment_fits(experiment: str, capsys: pytest.CaptureFixture[st
                        "algorithm.mini_batch_size=1024"], "learner.micro_batch_tokens"),
         ("llama3_8b", ["generator.max_model_len=263168", "generator.max_new_tokens=262144"],
          "learner.sequence_parallel_size"),
+        ("llama3_8b", ["cluster.placement=colocated", "cluster.num_generators=8", "cluster.num_learners=8"],
+         "generator.gpu_memory_utilization"),  # a reward model is there too
         ("llama3_8b", ["cluster.num_learners=128", "cluster.num_nodes=32"], "cluster.num_learners"),
         ("llama3_70b", ["generator.tensor_parallel_size=1"], "generator.tensor_parallel_size"),
         ("llama3_70b", ["cluster.num_nodes=3"], "cluster"),
