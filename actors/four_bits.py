@@ -1,14 +1,12 @@
 """Weights in 4 bits, for networks that are never trained: the NormalFloat of QLoRA.
 
 Dettmers et al. 2023 (arXiv 2305.14314), by bitsandbytes. Linear layers are stored so and computed in a wider dtype;
-embeddings, norms and the head stay as they are.
+embeddings, norms and the head, which transformers finds, stay as they are.
 """
 
 from __future__ import annotations
 
 from typing import Any
-
-HEADS = ("lm_head", "score")
 
 
 def four_bits(compute_dtype: str, *, device: str) -> dict[str, Any]:
@@ -25,6 +23,5 @@ def four_bits(compute_dtype: str, *, device: str) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(HEADS),
     )
     return {"quantization_config": settings, "dtype": dtype, "device_map": {"": device}}

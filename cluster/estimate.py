@@ -268,17 +268,22 @@ def _too_large(config: Config, line: Line, limit: int) -> ConfigError:
         width = config.generator.tensor_parallel_size
         return ConfigError("generator.tensor_parallel_size", width, f"{why}; set it to {2 * width}")
     if line.role == "reward":
-        return ConfigError("reward.sources", "model", f"{why}; take a smaller reward model, or dtype=bfloat16")
+        return ConfigError("reward.sources", "model", f"{why}; take a smaller one, or a narrower dtype: bfloat16, nf4")
     if most in ("activations", "logits"):
         if not learner.gradient_checkpointing:
             return ConfigError("learner.gradient_checkpointing", False, f"{why}; set it to true")
         if longest(config) >= learner.micro_batch_tokens:  # one sequence alone is too long for a rank
-            size = learner.sequence_parallel_size
+            size, ranks = learner.sequence_parallel_size, config.cluster.num_learners
+            if ranks % (2 * size):
+                return ConfigError("cluster.num_learners", ranks, f"{why}; set it to {2 * ranks}, to share its tokens")
             return ConfigError("learner.sequence_parallel_size", size, f"{why}; set it to {2 * size}")
         halved = learner.micro_batch_tokens // 2
         return ConfigError("learner.micro_batch_tokens", learner.micro_batch_tokens, f"{why}; set it to {halved}")
     if ("moments" in most or "master" in most or "gradients" in most) and learner.offload_optimizer == "none":
         return ConfigError("learner.offload_optimizer", "none", f"{why}; set it to cpu, or take more learner ranks")
+    if "in 4 bits" in most:
+        remedy = f"{why}; every rank holds the whole; set it to null"
+        return ConfigError("learner.reference_dtype", learner.reference_dtype, remedy)
     if "parameters" in most and learner.offload_parameters == "none":
         return ConfigError("learner.offload_parameters", "none", f"{why}; set it to cpu, or take more learner ranks")
     more = 2 * config.cluster.num_learners

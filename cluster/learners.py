@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,10 +87,9 @@ class RankProcess(Process):
         The chunk comes as the reference to it, if any: a call whose argument is lost is not made, and the other ranks
         wait for this one in their collectives.
         """
-        try:
+        rollouts: list[Rollout] | None = None
+        with suppress(ObjectLostError):  # whoever needs the chunk itself hears of it
             rollouts = [rollout for payload in chunk for rollout in ray.get(payload)]
-        except ObjectLostError:  # whoever needs the chunk itself hears of it
-            rollouts = []
         evaluated: list[Any] = self.worker.evaluate(rollouts)
         return evaluated
 

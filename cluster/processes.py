@@ -93,10 +93,9 @@ class Placement:
         """Return the handle of a new process in its place, or of one that was started there ahead."""
         if (process, place) in self.started:
             return self.started.pop((process, place))
-        environment, num_gpus = self.environment, len(place.gpus)
-        if not place.gpus:
-            environment = environment | {"OMP_NUM_THREADS": str(place.threads)}
-        elif not self.plan.has_own_gpus(place):  # Ray has no words for several processes on the same several GPUs
+        environment, num_gpus = self.environment | {"OMP_NUM_THREADS": str(place.threads)}, len(place.gpus)
+        # Ray has no words for several processes on the same several GPUs.
+        if place.gpus and not self.plan.has_own_gpus(place):
             ids = self.gpu_ids(place.bundle)
             environment = environment | {VISIBLE: ",".join(ids[gpu] for gpu in place.gpus)}
             num_gpus = 0  # which leaves what the environment says alone

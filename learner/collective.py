@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner import advantages
-from learner.sequence_groups import hands
+from learner.sequence_groups import collective_device, hands
 
 Item = TypeVar("Item")
 Number = TypeVar("Number", bound=np.generic)
@@ -80,8 +80,3 @@ def concatenated(values: NDArray[Number]) -> tuple[NDArray[Number], slice]:
     dist.all_gather_object(parts, values, group=group)
     start = sum(len(part) for part in parts[: dist.get_rank(group)])
     return np.concatenate(parts), slice(start, start + len(values))
-
-
-def collective_device() -> torch.device:
-    """Return the device on which the group's backend takes tensors."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

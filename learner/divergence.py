@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from actors.rollout import ScoredRollout
-from conf.schema import GeneratorConfig, LearnerConfig, ModelConfig
+from conf.schema import NF4, GeneratorConfig, LearnerConfig, ModelConfig
 from learner import models, ppo, zero
 from learner.batching import micro_batches
 from learner.collective import evened, summed_stats
 from learner.distribution import SampledFrom
 from learner.experience import blank_batch, collate
 from learner.models import PolicyOutput
-from learner.networks import FrozenReference, Reference
+from learner.networks import FrozenReference, Reference, reference_in_four_bits
 from learner.packing import is_padded
 from learner.ranks import Ranks
 
@@ -74,7 +74,13 @@ class JudgeWorker:
         assert setup.model.path is not None
         assert setup.model.reference is not None
         self.policy = self._frozen(setup.model.path)
-        self.reference = FrozenReference(self._frozen(setup.model.reference))
+        if setup.learner.reference_dtype == NF4:
+            reference: Any = reference_in_four_bits(
+                setup.model.reference, setup.model, setup.learner, device=setup.device
+            )
+        else:
+            reference = self._frozen(setup.model.reference)
+        self.reference = FrozenReference(reference)
 
     def kl_to_reference(self, rollouts: Sequence[ScoredRollout], *, temperature: float) -> float:
         """Return the mean KL of all ranks' rollouts, sampled at that temperature. A collective."""

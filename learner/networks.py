@@ -124,20 +124,20 @@ def frozen_reference(setup: LearnerSetup) -> FrozenReference:
     path = setup.model.reference or setup.model.path
     assert path is not None
     if setup.learner.reference_dtype == NF4:
-        return FrozenReference(reference_in_four_bits(setup, path))
+        return FrozenReference(reference_in_four_bits(path, setup.model, setup.learner, device=setup.device))
     model = models.PolicyModel(load_policy(setup, path))
     return FrozenReference(zero.frozen_engine(model, setup.learner, device=setup.device))
 
 
-def reference_in_four_bits(setup: LearnerSetup, path: str) -> models.PolicyModel:
+def reference_in_four_bits(path: str, model: ModelConfig, learner: LearnerConfig, *, device: str) -> models.PolicyModel:
     """Return a reference that is not partitioned: its layers hold blocks of 4 bits, which ZeRO-3 does not know."""
-    model = models.load_causal_lm(
+    loaded = models.load_causal_lm(
         path,
-        attn_implementation=setup.model.attn_implementation,
-        trust_remote_code=setup.model.trust_remote_code,
-        **four_bits(setup.learner.dtype, device="cuda:0" if setup.device == "cuda" else "cpu"),
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        **four_bits(learner.dtype, device="cuda:0" if device == "cuda" else "cpu"),
     )
-    return models.PolicyModel(model).requires_grad_(False).eval()
+    return models.PolicyModel(loaded).requires_grad_(False).eval()
 
 
 def critic_engine(setup: LearnerSetup) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conf.schema import ConfigError, ModelConfig
 from learner.attention import PACKED
-from learner.sequence_groups import SequenceGroup, check_heads, sequence_group
+from learner.sequence_groups import SequenceGroup, check_shareable, sequence_group
 
 Say = Callable[[Tensor, Tensor], Tensor]
 LOGIT_BYTES = 256 << 20  # of float32 logits that are held at once; there are a few tensors of that size
@@ -32,13 +32,13 @@ def checked(model: Any, path: str) -> Any:
 
     Raises:
         ConfigError: its attention is code of its own, which never hears of `packed`, or it has a state that goes on
-            from one sequence to the next; or so many ranks cannot share its heads.
+            from one sequence to the next; or so many ranks cannot share its tokens.
     """
     kept_apart = model._supports_attention_backend and not model._is_stateful
     if model.config._attn_implementation == PACKED and not kept_apart:
         remedy = f"{type(model).__name__} at {path} mixes sequences that stand in one row; set it to sdpa, or to eager"
         raise ConfigError("model.attn_implementation", PACKED, remedy)
-    check_heads(model.config, path)
+    check_shareable(model.config, path)
     return model
 
 

@@ -35,6 +35,12 @@ class SequenceGroup:
         part = num_tokens // self.size
         return slice(self.place * part, (self.place + 1) * part)
 
+    def all_have(self, has: bool) -> bool:
+        """Return whether every rank of the group has what this one has or lacks. A collective of the group."""
+        everyone = torch.tensor(int(has), dtype=torch.int64, device=collective_device())
+        dist.all_reduce(everyone, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(everyone)
+
     def completed(self, own: Tensor, mine: Tensor) -> Tensor:
         """Return rows [N, ...] of which each rank of the group has some: `own` [n, ...], where `mine` [N] is True.
 
@@ -45,6 +51,11 @@ class SequenceGroup:
         everyone = rows.detach().clone()
         dist.all_reduce(everyone, group=self.group)
         return torch.where(mine.reshape(-1, *[1] * (own.dim() - 1)), rows, everyone)
+
+
+def collective_device() -> torch.device:
+    """Return the device on which the ranks' backend takes tensors."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 _formed: SequenceGroup | None = None
@@ -74,15 +85,30 @@ def hands() -> Any:
     return None if _formed is None else _formed.hands
 
 
-def check_heads(config: Any, path: str) -> None:
-    """Raise ConfigError unless the heads of a Hugging Face config can be shared by the ranks of a group."""
+def check_shareable(config: Any, path: str) -> None:
+    """Raise ConfigError unless the tokens of a Hugging Face config's model can be shared by the ranks of a group.
+
+    Its heads must divide. Rotary embeddings that change with the longest position would be computed from each rank's
+    own part of the positions.
+    """
     if _formed is None:
         return
+    changing = [kind for kind in rotary_kinds(config) if kind == "longrope" or "dynamic" in kind]
+    if changing:
+        why = f"the rotary embeddings of {path} are {changing[0]}, which looks at all positions of a row; set it to 1"
+        raise ConfigError("learner.sequence_parallel_size", _formed.size, why)
     text, size = config.get_text_config(), _formed.size
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     if text.num_attention_heads % size or (keys % size and size % keys):
         why = f"{path} has {text.num_attention_heads} heads and {keys} for keys, which so many ranks cannot share"
         raise ConfigError("learner.sequence_parallel_size", size, f"{why}; set it to a divisor of both")
+
+
+def rotary_kinds(config: Any) -> list[str]:
+    """Return the kinds of rotary embeddings that a Hugging Face config names, of all its layer types."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    layers = parameters.values() if "rope_type" not in parameters else [parameters]
+    return [one["rope_type"] for one in layers if isinstance(one, dict) and one.get("rope_type")]
 
 
 @cache

@@ -27,6 +27,7 @@ from torch import Tensor
 from conf.schema import ConfigError
 from learner import steps, zero
 
+STEP = "step"  # AdamW's count of steps
 MASTER = "master"  # beside the names that the optimizer gives its states
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")  # of a DeepSpeed engine
 
@@ -104,11 +105,15 @@ def prepare(engine: Any, facts: Mapping[str, Any]) -> None:
     _check_in_memory(engine)
     zero.release(engine.module)
     steps.discard(engine)
+    fused = any(group.get("fused") for group in engine.optimizer.optimizer.param_groups)
     for flat, state in _states(engine):
         state.clear()
         for kind, dtype in facts["states"].items():
             state[kind] = torch.zeros_like(flat, dtype=getattr(torch, dtype), requires_grad=False)
         for name, (value, dtype, device) in facts["scalars"].items():
+            if name == STEP and fused:  # beside the weights, wherever the states were when it was saved
+                state[name] = torch.tensor(float(value), dtype=torch.float32, device=flat.device)
+                continue
             place = "cpu" if device == "cpu" else flat.device
             state[name] = value if dtype is None else torch.tensor(value, dtype=getattr(torch, dtype), device=place)
 

@@ -33,6 +33,7 @@ from learner.phases import EVALUATION, Phases
 from learner.preparation import Preparation, whitened
 from learner.ranks import Ranks
 from learner.resting import Rest
+from learner.sequence_groups import sequence_group
 from learner.training import Training
 from learner.weight_sender import WeightSender
 
@@ -58,12 +59,17 @@ class LearnerWorker:
 
     # --- one iteration ---------------------------------------------------------------------------------------------
 
-    def evaluate(self, rollouts: Sequence[Rollout]) -> list[RolloutEvaluation]:
+    def evaluate(self, rollouts: Sequence[Rollout] | None) -> list[RolloutEvaluation]:
         """Return what the networks say of this rank's rollouts, while others are still sampled. A collective.
 
-        It holds until the next update. A rank may have none.
+        It holds until the next update. A rank may have none; None is for rollouts that are lost, and then no rank that
+        shares their tokens evaluates them.
         """
         start = time.perf_counter()
+        group, there = sequence_group(), rollouts is not None
+        if group is not None:
+            there = group.all_have(there)
+        rollouts = rollouts if there and rollouts is not None else []
         batches, order = [], []
         for part in self._parts(rollouts):
             batches.append(collate([ScoredRollout(rollouts[i], 0.0) for i in part]).to(self.device))

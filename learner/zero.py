@@ -108,11 +108,12 @@ def deepspeed_config(
                 "weight_decay": optimizer.weight_decay,
                 # DeepSpeed's own kernels are compiled at first use; states on a disk need its CPU kernel all the same.
                 "torch_adam": learner.offload_optimizer != "nvme",
-                **({"fused": True} if learner.offload_optimizer != "nvme" else {}),
             },
         }
-        config["zero_force_ds_cpu_optimizer"] = learner.offload_optimizer == "nvme"
-    return merged(config, learner.deepspeed)
+    config = merged(config, learner.deepspeed)
+    if optimizer is not None and config["optimizer"]["params"]["torch_adam"]:
+        config["optimizer"]["params"].setdefault("fused", True)
+    return config
 
 
 def offload(key: str, place: str, nvme_path: str | None) -> dict[str, Any]:

@@ -364,10 +364,6 @@ NVME = ["learner.offload_parameters=nvme", "learner.nvme_path=."]
             [*PPO, "learner.sequence_parallel_size=2", "cluster.num_learners=2", "model.attn_implementation=sdpa"],
             "model.attn_implementation='sdpa': tokens are shared with model.attn_implementation=packed alone",
         ),
-        (
-            [*EVAL, "reward.sources=[{path: ., dtype: nf4, engine: vllm}]"],
-            "reward.sources[0].dtype='nf4': is for engine=transformers",
-        ),
         ([*EVAL, "data.eval_path=null"], "data.eval_path=None: the eval stage needs held-out prompts"),
         # --- scores
         (["model.path=.", "data.path=."], "reward.sources=[]: rollouts need a score; name a source"),

@@ -342,6 +342,18 @@ def test_ranks_that_share_tokens_equal_one(
     assert_same(first, one_rank[name], weights=1e-6, metrics=1e-5)
 
 
+def evaluate_what_one_has_lost(ranks: Ranks, setup: LearnerSetup) -> list[int]:
+    from learner.worker import LearnerWorker
+
+    worker, rollouts = LearnerWorker(setup, ranks), [scored.rollout for scored in train_batch(0)[0]]
+    return [len(worker.evaluate(rollouts if ranks.rank == 0 or there else None)) for there in (False, True)]
+
+
+def test_ranks_that_share_tokens_leave_out_what_one_of_them_has_lost(checkpoints: Checkpoints) -> None:
+    setup = make_setup("rloo, gspo, lora", checkpoints)
+    assert on_ranks(evaluate_what_one_has_lost, 2, setup, sequence_parallel_size=2) == [[0, 6], [0, 6]]
+
+
 def update_with_old_evaluations(ranks: Ranks, setup: LearnerSetup) -> str:
     from learner.worker import LearnerWorker
 

@@ -74,6 +74,26 @@ def test_heads_that_ranks_cannot_share_are_refused(folders: dict[str, str], monk
         models.load_causal_lm(folders["llama"], attn_implementation=PACKED)
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        {"full_attention": {"rope_type": "longrope", "rope_theta": 1e4}, "sliding_attention": {"rope_type": "default"}},
+    ],
+)
+def test_positions_that_change_with_the_longest_are_not_shared(
+    parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=4)
+    monkeypatch.setattr(sequence_groups, "_formed", sequence_groups.SequenceGroup(2, 0, None, None))
+    sequence_groups.check_shareable(config, "a model")
+    config.rope_parameters = parameters
+    with pytest.raises(ConfigError, match=r"rotary embeddings of a model are (dynamic|longrope)"):
+        sequence_groups.check_shareable(config, "a model")
+
+
 def test_no_sequence_sees_another(folders: dict[str, str]) -> None:
     model = models.load_causal_lm(folders["llama"], attn_implementation=PACKED)
     ids = sequences()

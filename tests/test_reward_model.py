@@ -390,7 +390,7 @@ def test_an_adapter_is_merged_into_its_base_with_its_own_head(tmp_path: Path, po
 
 def test_a_base_in_four_bits_scores_as_its_weights_do_under_the_adapter(tmp_path: Path, policy: str) -> None:
     from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     adapter = save_adapter(tmp_path / "adapter", policy)
     model = load(adapter, dtype="nf4")
@@ -399,7 +399,8 @@ def test_a_base_in_four_bits_scores_as_its_weights_do_under_the_adapter(tmp_path
     for name, module in model.model.named_modules():
         if isinstance(module, Linear4bit):
             plain: Any = of_base[name.removesuffix(".base_layer")]
-            plain.weight.data.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
+            weight: Any = module.weight
+            plain.weight.data.copy_(dequantize_4bit(weight.data, weight.quant_state))
             stored += 1
     assert stored == 2 * 7, "every linear layer but the head"
     base.save_pretrained(tmp_path / "base")

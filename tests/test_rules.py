@@ -220,6 +220,7 @@ BROKEN: list[tuple[str, dict[str, Any], str]] = [
     ("reward.sources[0]", {"weight": -inf}, "weight=-inf: must be a finite number"),
     ("reward.sources[0]", {"engine": "sglang"}, "engine='sglang': choose one of transformers, vllm"),
     ("reward.sources[0]", {"dtype": "float16"}, "dtype='float16': choose one of float32, bfloat16"),
+    ("reward.sources[0]", {"dtype": "nf4", "engine": "vllm"}, "dtype='nf4': is for engine=transformers"),
     ("reward.sources[0]", {"max_batch_tokens": 0}, "max_batch_tokens=0: must be at least 1"),
     ("reward.sources[0]", {"type": "function"}, "function=None: a source of type function needs it"),
     ("reward.sources[0]", {"type": "function", "function": "a.b"}, "function='a.b': write it as module:function"),
