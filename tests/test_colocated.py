@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 TWO_OF_EACH = (
     "stages=[ppo]",
     "model.init_config=null",
+    "data.max_prompt_tokens=128",
     "reward.sources=[{type: function, function: examples.functions:brevity}]",
     "learner.critic_init=policy",
     "cluster.num_generators=2",
