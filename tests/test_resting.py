@@ -16,8 +16,9 @@ from torch import Tensor
 from learner.ranks import Ranks
 from learner.resting import kept_tensors, move
 from tests.learner_ranks import on_ranks
-from tests.test_learner import NUM_UPDATES, checkpoints_in, hand, make_setup, train_batch
+from tests.test_learner import checkpoints_in, hand, make_setup, train_batch
 
+UPDATES = 2
 SETUPS: dict[str, dict[str, Any]] = {
     "vapo": {},
     "shared critic, entropy, KL loss": {"dtype": "bfloat16"},
@@ -42,7 +43,10 @@ def test_views_of_one_storage_stay_views_of_one_storage() -> None:
 
 def train_twice(ranks: Ranks, models: dict[str, str]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Return, for each setup, what a worker that rests before every update has come to, and one that never does."""
-    return {name: train_pair(ranks, make_setup(name, models, **learner)) for name, learner in SETUPS.items()}
+    return {
+        name: train_pair(ranks, make_setup(name, models, micro_batch_tokens=10_000, **learner))
+        for name, learner in SETUPS.items()
+    }
 
 
 def train_pair(ranks: Ranks, setup: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -61,7 +65,7 @@ def train_pair(ranks: Ranks, setup: Any) -> tuple[dict[str, Any], dict[str, Any]
     results = []
     for rests in (True, False):
         worker = LearnerWorker(setup, ranks)
-        for step in range(NUM_UPDATES):
+        for step in range(UPDATES):
             if rests:
                 before = [tensor.detach() for tensor in kept_tensors(worker.policy) if tensor.numel()]
                 worker.rest()
