@@ -29,7 +29,7 @@ def all_processes() -> dict[int, str]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ").strip()
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while it was looked at
     return found

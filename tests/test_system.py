@@ -123,7 +123,7 @@ def test_a_trace_has_a_row_for_each_process_and_what_it_did(finished_run: tuple[
 
 @pytest.fixture(scope="module")
 def ahead_run(finished_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose generators sample ahead of the learner."""
+    """A run whose generators sample ahead of the learner, of which two ranks share the tokens of each rollout."""
     run_dir = tmp_path_factory.mktemp("runs") / "ahead"
     export = finished_run[0] / "export"
     settings = (
@@ -133,6 +133,8 @@ def ahead_run(finished_run: tuple[Path, str], tmp_path_factory: pytest.TempPathF
         f"reward.sources=[{{type: model, path: '{export / 'reward'}'}}]",
         "algorithm=ppo_async",
         "algorithm.num_steps=4",
+        "cluster.num_learners=2",
+        "learner.sequence_parallel_size=2",
         "evaluation.every=2",
     )
     with launched(run_dir, *settings) as run:
