@@ -253,11 +253,10 @@ def _load_model(conversations: Conversations, device: str, *, trust_remote_code:
         )
     missing = set(loading["missing_keys"]) | {name for name, *_ in loading["mismatched_keys"]}
     if adapter is not None:
-        model, missing = _adapted(model, conversations), missing - {"score.weight"}
-        if not in_four_bits:
-            model = model.merge_and_unload().to(getattr(torch, source.dtype))
-        else:
-            model = model.get_base_model()
+        adapted, missing = _adapted(model, conversations), missing - {"score.weight"}
+        model = (
+            adapted.get_base_model() if in_four_bits else adapted.merge_and_unload().to(getattr(torch, source.dtype))
+        )
     if missing:
         raise conversations.refuse(f"lacks the weights {', '.join(sorted(missing))}, which would be random")
     return model

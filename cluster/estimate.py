@@ -130,18 +130,7 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
     states = {f"policy: {name}": size for name, size in policy.device.items()}
     for name, memory in others.items():
         states |= {f"{name}: {part}": size for part, size in memory.device.items()}
-    shared_by = learner.sequence_parallel_size
-    of_hand = -(-config.algorithm.mini_batch_size * shared_by // num_ranks) * longest(config)
-    tokens = -(-min(max(learner.micro_batch_tokens, longest(config)), of_hand) // shared_by)
-    responses = min(tokens, tokens * config.generator.max_new_tokens // longest(config) + 1)
-    update: dict[str, int] = {}
-    trained = [(networks.policy, policy, responses)]
-    trained += [] if networks.critic is None else [(networks.critic, others["critic"], 0)]
-    for network, memory, num_states in trained:
-        passing = dict(memory.passing) | sizes.activations(network, learner, tokens=tokens, states=num_states)
-        largest = max((passing, dict(memory.stepping)), key=lambda parts: sum(parts.values()))
-        if sum(largest.values()) > sum(update.values()):
-            update = largest
+    update = update_memory(config, networks, policy, others.get("critic"))
     bucket = cluster.sync_bucket_mib << 20
     gathered = sizes.BYTES[learner.dtype] * networks.policy.largest_group
     generator = actor_sizes.generator_memory(
@@ -178,6 +167,24 @@ def device_lines(config: Config, networks: Networks, device: str) -> list[Line]:
         if scoring:
             lines.append(Line("reward", "scoring", scoring))
     return [Line(one.role, one.phase, {**one.parts, "fragments": int(FRAGMENTS * one.total)}) for one in lines]
+
+
+def update_memory(
+    config: Config, networks: Networks, policy: sizes.RankMemory, critic: sizes.RankMemory | None
+) -> dict[str, int]:
+    """Return the most that a pass or a step of policy or critic takes for its time on a rank's device, by parts."""
+    learner, shared_by = config.learner, config.learner.sequence_parallel_size
+    of_hand = -(-config.algorithm.mini_batch_size * shared_by // config.cluster.num_learners) * longest(config)
+    tokens = -(-min(max(learner.micro_batch_tokens, longest(config)), of_hand) // shared_by)
+    responses = min(tokens, tokens * config.generator.max_new_tokens // longest(config) + 1)
+    trained = [(networks.policy, policy, responses)]
+    if networks.critic is not None and critic is not None:
+        trained.append((networks.critic, critic, 0))
+    moments: list[dict[str, int]] = []
+    for network, memory, num_states in trained:
+        kept = sizes.activations(network, learner, tokens=tokens, states=num_states)
+        moments += [dict(memory.passing) | kept, dict(memory.stepping)]
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def gpu_bytes(config: Config) -> int | None:
@@ -267,7 +274,7 @@ def _too_large(config: Config, line: Line, limit: int) -> ConfigError:
     if line.role == "generator" or most.startswith("generator"):
         width = config.generator.tensor_parallel_size
         return ConfigError("generator.tensor_parallel_size", width, f"{why}; set it to {2 * width}")
-    if line.role == "reward":
+    if line.role == "reward" or most.startswith("reward: "):
         return ConfigError("reward.sources", "model", f"{why}; take a smaller one, or a narrower dtype: bfloat16, nf4")
     if most in ("activations", "logits"):
         if not learner.gradient_checkpointing:

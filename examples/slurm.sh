@@ -40,7 +40,7 @@ await_nodes() { # return when so many nodes have joined; Manta looks once
   local joined='import ray, sys; ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
 sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]))'
   for _ in {1..120}; do
-    "$python" -c "$joined" "$address" "$1" 2> /dev/null && return
+    "$python" -c "$joined" "$address" "$1" && return
     sleep 5
   done
   echo "$0: $1 nodes have not joined $address" >&2

@@ -69,7 +69,7 @@ class LearnerWorker:
         group, there = sequence_group(), rollouts is not None
         if group is not None:
             there = group.all_have(there)
-        rollouts = rollouts if there and rollouts is not None else []
+        rollouts = (rollouts or []) if there else []
         batches, order = [], []
         for part in self._parts(rollouts):
             batches.append(collate([ScoredRollout(rollouts[i], 0.0) for i in part]).to(self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from actors.four_bits import four_bits
-from conf.schema import NF4, LearnerConfig
+from conf.schema import NF4, AlgorithmConfig, GeneratorConfig, LearnerConfig, ModelConfig, ShapingConfig
 from learner import models
 from learner.attention import PACKED
 from learner.distribution import SampledFrom
 from learner.experience import Batch, collate
 from learner.models import PolicyModel, PolicyOutput
+from learner.networks import LearnerSetup
+from learner.ranks import Ranks
 from learner.sizes import NetworkSize, rank_memory
 from tests.batches import random_rollouts
+from tests.learner_ranks import on_ranks
 from tests.tiny_models import tiny_checkpoint
 
 BLOCK = 64
@@ -97,6 +101,47 @@ def test_it_says_what_a_model_of_its_weights_says_and_nearly_what_the_whole_one_
     torch.testing.assert_close(got, said(same, batch), atol=1e-5, rtol=1e-5)
     gap = (got - exact)[batch.mask].abs()
     assert 1e-4 < float(gap.mean()) < 0.3
+
+
+def on_a_rank(ranks: Ranks, setup: LearnerSetup) -> tuple[list[Any], float]:
+    """Return what a learner's reference says of a rank's rollouts, and the KL of a judge to the reference."""
+    from learner.divergence import JudgeSetup, JudgeWorker
+    from learner.worker import LearnerWorker
+
+    rollouts = random_rollouts(6, seed=1)[ranks.rank :: ranks.world_size]
+    worker = LearnerWorker(setup, ranks)
+    rows = worker.evaluate([scored.rollout for scored in rollouts])
+    judged = JudgeSetup(
+        model=replace(setup.model, reference=setup.model.path),
+        learner=setup.learner,
+        generator=setup.generator,
+        device="cpu",
+    )
+    kl = JudgeWorker(judged, ranks).kl_to_reference(rollouts, temperature=1.0)
+    return [row.ref_logprobs for row in rows], kl
+
+
+@pytest.mark.ranks
+def test_each_rank_holds_the_reference_in_four_bits_and_so_does_a_judge(checkpoint: str, quantised: Any) -> None:
+    setup = LearnerSetup(
+        model=ModelConfig(path=checkpoint, tokenizer=checkpoint),
+        algorithm=AlgorithmConfig(num_steps=1, prompts_per_step=6, mini_batch_size=6, estimator="reinforce_pp"),
+        shaping=ShapingConfig(),
+        learner=LearnerConfig(dtype="float32", reference_dtype=NF4),
+        generator=GeneratorConfig(max_new_tokens=9),
+        critic_path=None,
+        ptx_rows=(),
+        device="cpu",
+        seed=0,
+    )
+    batch = collate(random_rollouts(6, seed=1))
+    expected, exact = said(quantised, batch), said(whole(checkpoint), batch)
+    (first, kl), (second, again) = on_ranks(on_a_rank, 2, setup)
+    for row, mask in enumerate(batch.mask):
+        got = torch.from_numpy((first, second)[row % 2][row // 2])
+        torch.testing.assert_close(got, expected[row, : len(got)], atol=1e-5, rtol=1e-5)
+        assert int(mask.nonzero().max()) < len(got)
+    assert kl == again == pytest.approx(float((exact - expected)[batch.mask].sum()) / 6, abs=1e-5)
 
 
 def test_what_it_takes_is_what_is_counted(tmp_path: Path) -> None:

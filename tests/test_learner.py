@@ -1,5 +1,5 @@
 """The learner over real gloo ranks: one rank equals a plain loop, two ranks equal one, in seven variants, and so do
-four of which each two share the tokens of their rollouts, in three.
+four of which each two share the tokens of their rollouts, in four.
 
 The variants take their updates one after another in the same processes, since starting those takes long.
 Two and a half minutes.
@@ -128,8 +128,8 @@ SAME: dict[str, dict[str, Any]] = {
     "checkpointing, other micro-batches": {"gradient_checkpointing": True, "micro_batch_tokens": 20},
     "offloaded": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
 }
-# On ranks that share tokens: a value head, adapters and groups over all ranks, text that is mixed in.
-SHARED = ("shared critic, entropy, KL loss", "rloo, gspo, lora", "remax, ptx, ema, engine")
+# On ranks that share tokens: a critic of its own, a value head, adapters and groups over all ranks, text mixed in.
+SHARED = ("gae", "shared critic, entropy, KL loss", "rloo, gspo, lora", "remax, ptx, ema, engine")
 # Without this DeepSpeed keeps parameters as small as these whole on every rank.
 PARTITIONED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 

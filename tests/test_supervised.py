@@ -1,4 +1,4 @@
-"""The supervised stages over real gloo ranks: equal to plain PyTorch loops, on one rank and on two."""
+"""The supervised stages over real gloo ranks: equal to plain PyTorch loops, on one rank, two and four."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def make_setup(path: Path) -> SupervisedSetup:
 
 def run_steps(ranks: Ranks, setup: SupervisedSetup, worker_class: Any, rows_of: Any) -> tuple[Any, Any, Any]:
     worker: SupervisedWorker = worker_class(setup, ranks)
-    metrics = [worker.train_step(rows_of(step)[ranks.rank :: ranks.world_size]) for step in range(NUM_STEPS)]
+    metrics = [worker.train_step(rows_of(step)[ranks.hand :: ranks.num_hands]) for step in range(NUM_STEPS)]
     state = zero.full_state(worker.engine.module.model, dtype="float32")
-    held_out = worker.evaluate(rows_of(99)[ranks.rank :: ranks.world_size])
+    held_out = worker.evaluate(rows_of(99)[ranks.hand :: ranks.num_hands])
     after = zero.full_state(worker.engine.module.model, dtype="float32")
     assert all(torch.equal(state[name], after[name]) for name in state), "evaluation trains nothing"
     return metrics, held_out, {name: tensor.numpy() for name, tensor in state.items()}
@@ -137,8 +137,8 @@ def test_ranks_equal_a_plain_loop(kind: str, tmp_path: Path) -> None:
         model.save_pretrained(path)
     setup = make_setup(path)
     losses, held_out = plain_loop(model, rows_of, loss_of, setup)
-    for world_size in (1, 2):
-        results = on_ranks(run_steps, world_size, setup, worker, rows_of)
+    for world_size, shared_by in ((1, 1), (2, 1), (4, 2)):  # the last: each two share the tokens of their rows
+        results = on_ranks(run_steps, world_size, setup, worker, rows_of, sequence_parallel_size=shared_by)
         for metrics, evaluated, state in results:
             assert [step[f"{prefix}/loss"] for step in metrics] == pytest.approx(losses, abs=1e-5)
             assert evaluated[f"{prefix}/eval_loss"] == pytest.approx(held_out, abs=1e-5)
