@@ -73,13 +73,13 @@ class JudgeWorker:
         zero.join(ranks, device=setup.device, timeout_s=setup.collective_timeout_s)
         assert setup.model.path is not None
         assert setup.model.reference is not None
-        self.policy = self._frozen(setup.model.path)
+        self.policy = self._frozen(setup.model.path, "policy")
         if setup.learner.reference_dtype == NF4:
             reference: Any = reference_in_four_bits(
                 setup.model.reference, setup.model, setup.learner, device=setup.device
             )
         else:
-            reference = self._frozen(setup.model.reference)
+            reference = self._frozen(setup.model.reference, "reference")
         self.reference = FrozenReference(reference)
 
     def kl_to_reference(self, rollouts: Sequence[ScoredRollout], *, temperature: float) -> float:
@@ -94,8 +94,8 @@ class JudgeWorker:
             padded=is_padded(self.setup.model),
         )
 
-    def _frozen(self, path: str) -> Any:
-        with zero.partitioned_loading(self.setup.learner, device=self.setup.device):
+    def _frozen(self, path: str, network: str) -> Any:
+        with zero.partitioned_loading(self.setup.learner, network, device=self.setup.device):
             model = models.load_causal_lm(
                 path,
                 attn_implementation=self.setup.model.attn_implementation,

@@ -86,7 +86,7 @@ def make_networks(setup: LearnerSetup) -> Networks:
     assert setup.model.path is not None
     shared = algorithm.has_critic and learner.critic_network == "shared"
     adapted = setup.model.lora.rank is not None
-    model = load_policy(setup, setup.model.path)
+    model = load_causal_lm(setup, setup.model.path, "policy")
     head = models.new_value_head(model) if shared else None
     if adapted:
         model = lora.adapted(model, setup.model.lora, seed=setup.seed, task=lora.CAUSAL_LM)
@@ -110,8 +110,8 @@ def make_networks(setup: LearnerSetup) -> Networks:
     return Networks(policy, reference, critic, average, costs)
 
 
-def load_policy(setup: LearnerSetup, path: str) -> Any:
-    with zero.partitioned_loading(setup.learner, device=setup.device):
+def load_causal_lm(setup: LearnerSetup, path: str, network: str) -> Any:
+    with zero.partitioned_loading(setup.learner, network, device=setup.device):
         return models.load_causal_lm(
             path,
             attn_implementation=setup.model.attn_implementation,
@@ -125,7 +125,7 @@ def frozen_reference(setup: LearnerSetup) -> FrozenReference:
     assert path is not None
     if setup.learner.reference_dtype == NF4:
         return FrozenReference(reference_in_four_bits(path, setup.model, setup.learner, device=setup.device))
-    model = models.PolicyModel(load_policy(setup, path))
+    model = models.PolicyModel(load_causal_lm(setup, path, "reference"))
     return FrozenReference(zero.frozen_engine(model, setup.learner, device=setup.device))
 
 
@@ -143,7 +143,7 @@ def reference_in_four_bits(path: str, model: ModelConfig, learner: LearnerConfig
 def critic_engine(setup: LearnerSetup) -> Any:
     """Return the engine of a critic of its own."""
     assert setup.critic_path is not None, "checked with the settings"
-    with zero.partitioned_loading(setup.learner, device=setup.device):
+    with zero.partitioned_loading(setup.learner, "critic", device=setup.device):
         model = models.load_scalar_model(
             setup.critic_path,
             attn_implementation=setup.model.attn_implementation,

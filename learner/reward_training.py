@@ -64,7 +64,7 @@ class RewardModelWorker(SupervisedWorker):
     def network(self, adapted: Callable[[Any, str], Any]) -> nn.Module:
         model = self.setup.model
         assert model.path is not None
-        with zero.partitioned_loading(self.setup.learner, device=self.setup.device):
+        with zero.partitioned_loading(self.setup.learner, "reward", device=self.setup.device):
             start = models.load_scalar_model(
                 model.path, attn_implementation=model.attn_implementation, trust_remote_code=model.trust_remote_code
             )

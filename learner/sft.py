@@ -70,7 +70,7 @@ class SFTWorker(SupervisedWorker):
             start = models.initial_causal_lm(model.init_config, seed=self.setup.seed, attn_implementation=attention)
         else:
             assert model.path is not None
-            with zero.partitioned_loading(self.setup.learner, device=self.setup.device):
+            with zero.partitioned_loading(self.setup.learner, "policy", device=self.setup.device):
                 start = models.load_causal_lm(
                     model.path, attn_implementation=attention, trust_remote_code=model.trust_remote_code
                 )

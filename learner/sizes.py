@@ -128,11 +128,11 @@ def rank_memory(
     offloaded: dict[str, int] = {}
     if learner.offload_parameters != "none":
         offloaded |= {"parameters": states.pop("parameters")}
-    # Each network's stay after its passes, as far as DeepSpeed expects to need them again; with one rank all of them,
-    # beside the flat tensor that is this rank's shard.
-    live = (
-        network.parameters if num_ranks == 1 else _setting(zero, "stage3_max_live_parameters") + network.largest_group
-    )
+    # Each network's stay after its passes, as far as DeepSpeed expects to need them again; those of one rank that are
+    # not offloaded all of them, beside the flat tensor that is this rank's shard.
+    live = _setting(zero, "stage3_max_live_parameters") + network.largest_group
+    if num_ranks == 1 and learner.offload_parameters == "none":
+        live = network.parameters
     states["gathered parameters"] = width * min(network.parameters, live)
     passing: dict[str, int] = {}
     stepping: dict[str, int] = {}

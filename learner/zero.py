@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -84,8 +85,8 @@ def deepspeed_config(
     if device == "cpu":
         # Copies of gradients and the optimizer's of so many at a time: memory that is used again costs no page faults.
         zero |= {"reduce_bucket_size": CPU_ELEMENTS_AT_ONCE, "sub_group_size": CPU_ELEMENTS_AT_ONCE}
-    if num_ranks == 1:
-        zero["stage3_param_persistence_threshold"] = 2**40  # there is nobody to share with: nothing is let go
+    if num_ranks == 1 and learner.offload_parameters == "none":
+        zero["stage3_param_persistence_threshold"] = 2**40  # there is nowhere to let go of parameters to
     if optimizer is not None:
         zero |= offload("offload_optimizer", learner.offload_optimizer, learner.nvme_path)
     zero |= offload("offload_param", learner.offload_parameters, learner.nvme_path)
@@ -134,16 +135,18 @@ def merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def partitioned_loading(learner: LearnerConfig, *, device: str) -> Iterator[None]:
-    """Let transformers load models inside the block so that each rank has its shards alone. A collective.
+def partitioned_loading(learner: LearnerConfig, network: str, *, device: str) -> Iterator[None]:
+    """Let transformers load a network inside the block so that each rank has its shards alone. A collective.
 
     A module is partitioned as soon as it is made; rank 0 reads the weights, of one module at a time, and the others are
-    sent them. Models come in the dtype of `learner.dtype`, which is what an engine makes of them anyway.
+    sent them. Models come in the dtype of `learner.dtype`, which is what an engine makes of them anyway. Parameters on
+    a disk are in a folder named after the network: DeepSpeed empties a folder that it begins to use.
     """
     from transformers.integrations import HfDeepSpeedConfig
 
     # transformers looks at the newest of these that is alive.
-    config = HfDeepSpeedConfig(deepspeed_config(learner, None, device=device, num_ranks=dist.get_world_size()))
+    own = learner if learner.nvme_path is None else replace(learner, nvme_path=f"{learner.nvme_path}/{network}")
+    config = HfDeepSpeedConfig(deepspeed_config(own, None, device=device, num_ranks=dist.get_world_size()))
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import deepspeed_config
 
 from conf.schema import LearnerConfig, ModelConfig
 from learner import exports, models, zero
@@ -65,7 +67,7 @@ class Peak:
 
 def load_in_shards(ranks: Ranks, path: str) -> dict[str, Any]:
     zero.join(ranks, device="cpu", timeout_s=300)
-    with Peak() as peak, zero.partitioned_loading(LEARNER, device="cpu"):
+    with Peak() as peak, zero.partitioned_loading(LEARNER, "policy", device="cpu"):
         model = models.load_causal_lm(path, attn_implementation="packed")
     parameters: list[Any] = list(model.parameters())
     manifest = zero.manifest(model, "float32")
@@ -111,10 +113,26 @@ def test_no_rank_ever_holds_a_model_of_500_million_parameters(tmp_path: Path) ->
         assert np.all(tensor == value), f"{name} is not what rank 0 has read"
 
 
+def folders_of_parameters(ranks: Ranks, path: str) -> list[str]:
+    """Return where DeepSpeed is told to put the parameters of two networks, each as transformers asks it to."""
+    zero.join(ranks, device="cpu", timeout_s=60)
+    on_disk = replace(LEARNER, offload_parameters="nvme", nvme_path=path)
+    folders = []
+    for network in ("policy", "reference"):
+        with zero.partitioned_loading(on_disk, network, device="cpu"):
+            folders.append(deepspeed_config()["zero_optimization"]["offload_param"]["nvme_path"])
+    return folders
+
+
+def test_each_network_has_a_folder_of_its_own_on_the_disk() -> None:
+    """DeepSpeed empties the folder in which a network's parameters are to be."""
+    assert on_ranks(folders_of_parameters, 1, "/disk") == [["/disk/policy", "/disk/reference"]]
+
+
 def export_in_shards(ranks: Ranks, path: str, out: Path, dtype: str) -> None:
     exports.SHARD_BYTES = 64 << 10  # a few tensors a file
     zero.join(ranks, device="cpu", timeout_s=60)
-    with zero.partitioned_loading(LEARNER, device="cpu"):
+    with zero.partitioned_loading(LEARNER, "policy", device="cpu"):
         model = models.load_causal_lm(path, attn_implementation="packed")
     export(model, out, dtype=dtype, settings=ModelConfig(tokenizer=path), keep=ranks.rank == 0)
 

@@ -14,6 +14,7 @@ from cluster.batch_arithmetic import batch_arithmetic
 from cluster.estimate import estimated
 from conf.load import load_config
 from conf.schema import ConfigError, LearnerConfig
+from learner import zero
 from learner.sizes import NetworkSize, activations, checkpoint_bytes, rank_memory
 from tests.tiny_models import tiny_checkpoint, tiny_config
 
@@ -119,6 +120,16 @@ def test_offloaded_states_come_to_what_deepspeed_itself_estimates() -> None:
     assert set(memory.device) == {"gathered parameters"}
     assert ours / network.parameters == pytest.approx(20, rel=1e-3), "theirs leaves gradients in bfloat16 out: 18"
     assert ours - 2 * network.parameters == pytest.approx(theirs, rel=1e-3)
+
+
+def test_one_rank_keeps_its_parameters_gathered_unless_they_are_offloaded() -> None:
+    network = llama_8b()
+    for place, gathered in (("none", network.parameters), ("cpu", 1_000_000_000 + network.largest_group)):
+        learner = LearnerConfig(offload_parameters=place)
+        settings = zero.deepspeed_config(learner, learner.policy, device="cuda", num_ranks=1)["zero_optimization"]
+        assert ("stage3_param_persistence_threshold" in settings) == (place == "none"), "DeepSpeed is told the same"
+        memory = rank_memory(network, learner, zero=settings, num_ranks=1, trained=True)
+        assert memory.device["gathered parameters"] == 2 * gathered
 
 
 def test_a_frozen_network_and_adapters_have_what_they_need_alone() -> None:
