@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.importing import uncollected
 from actors.rollout import Prompt, Rollout
 from conf.schema import ConfigError, GeneratorConfig
 
@@ -55,8 +56,11 @@ def configure_environment(device: str) -> None:
 def import_engine(device: str) -> None:
     """Import vLLM's engine, which takes seconds, so that a generator that is made later starts at once."""
     configure_environment(device)
-    import vllm.v1.engine.llm_engine
-    import vllm.v1.worker.cpu_worker  # noqa: F401
+    with uncollected():
+        import vllm.v1.engine.llm_engine
+
+        if device == "cpu":
+            import vllm.v1.worker.cpu_worker  # noqa: F401
 
 
 class VLLMGenerator:
@@ -90,7 +94,7 @@ class VLLMGenerator:
         `tokenizer` is the folder or name of another tokenizer than the one at `model_path`; `stop_tokens_of` is that of
         another checkpoint whose end-of-text tokens end a response. One that `shares_gpus` can `sleep`.
         """
-        configure_environment(device)
+        import_engine(device)
         self._config = config
         from transformers import AutoTokenizer
 

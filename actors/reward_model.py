@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from actors.four_bits import four_bits
+from actors.importing import uncollected
 from actors.rendering import render_conversation
 from actors.reward_source import Fault, finite_number, sample_name
 from actors.rollout import Rollout
@@ -25,8 +26,9 @@ ENOUGH_TOKENS = 1024  # in one pass, padding included: fewer would leave a devic
 
 def import_networks() -> None:
     """Import torch and transformers, which takes seconds, so that a model that is loaded later starts at once."""
-    import torch  # noqa: F401
-    from transformers import AutoModelForSequenceClassification  # noqa: F401
+    with uncollected():
+        import torch  # noqa: F401
+        from transformers import AutoModelForSequenceClassification  # noqa: F401
 
 
 class Conversations:

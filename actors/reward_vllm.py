@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from actors.generator import configure_environment
+from actors.generator import import_engine
 from actors.reward_model import Conversations
 from actors.reward_source import Fault
 from actors.rollout import Rollout
@@ -34,7 +34,7 @@ class VLLMRewardModel:
         """
         self.conversations = Conversations(source, key=key, trust_remote_code=trust_remote_code)
         _check(self.conversations)
-        configure_environment(device)
+        import_engine(device)
         from vllm import LLM
         from vllm.config import PoolerConfig
 

@@ -47,7 +47,7 @@ class GeneratorProcess(Process):
         super().__init__()
         self.loop: Any = None
 
-    def prepare(self, device: str) -> None:
+    def prepare(self, device: str, *, reward_models: bool) -> None:
         from actors.generator import import_engine
 
         import_engine(device)

@@ -46,7 +46,7 @@ class RankProcess(Process):
         self.worker: Any = None
         self.snapshot: Any = None
 
-    def prepare(self, device: str) -> None:
+    def prepare(self, device: str, *, reward_models: bool) -> None:
         from learner.zero import import_engine
 
         import_engine(device)

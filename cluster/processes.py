@@ -49,8 +49,11 @@ class Process:
     def __init__(self) -> None:
         self.spans = SpanLog()
 
-    def prepare(self, device: str) -> None:
-        """Import what takes time, before it is known what this process is to do on `device`."""
+    def prepare(self, device: str, *, reward_models: bool) -> None:
+        """Import what takes time, before it is known what this process is to do on `device`.
+
+        `reward_models` is whether reward actors will hold any.
+        """
 
     @in_group(CONTROL)
     def take_spans(self) -> list[Span]:
@@ -81,12 +84,12 @@ class Placement:
     def places(self, role: str) -> list[Place]:
         return self.plan.of(role)
 
-    def start_ahead(self, processes: Mapping[str, type[Process]], device: str) -> None:
+    def start_ahead(self, processes: Mapping[str, type[Process]], device: str, *, reward_models: bool) -> None:
         """Let the processes that `start` will be asked for, by their roles, import what takes time; returns at once."""
         for place in self.plan.places:
             process = processes[place.role]
             handle = self.start(process, place)
-            handle.prepare.remote(device)
+            handle.prepare.remote(device, reward_models=reward_models)
             self.started[process, place] = handle
 
     def start(self, process: type[Process], place: Place) -> Any:

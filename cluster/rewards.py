@@ -43,10 +43,11 @@ class RewardProcess(Process):
         self.rewards: Any = None
         self.verifier: Any = None
 
-    def prepare(self, device: str) -> None:
-        from actors.reward_model import import_networks
+    def prepare(self, device: str, *, reward_models: bool) -> None:
+        if reward_models:
+            from actors.reward_model import import_networks
 
-        import_networks()
+            import_networks()
 
     def start(self, setup: RewardSetup) -> None:
         from actors.reward import FunctionReward, Rewards

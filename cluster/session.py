@@ -30,7 +30,7 @@ class Session:
     generator: GeneratorConfig
     device: str  # cpu | cuda
     has_room: bool  # for the processes of two stages at a time
-    rewards_on_gpus: bool = True  # whether reward actors hold models
+    reward_models: bool = True  # whether reward actors hold any
     _ahead: dict[tuple[str, ...], Placement] = field(default_factory=dict, init=False)  # by their roles
 
     @contextmanager
@@ -49,7 +49,7 @@ class Session:
         """
         if self.has_room and tuple(processes) not in self._ahead:
             placement = self._reserved(processes)
-            placement.start_ahead(processes, self.device)
+            placement.start_ahead(processes, self.device, reward_models=self.reward_models)
             self._ahead[tuple(processes)] = placement
 
     def _reserved(self, processes: Mapping[str, type[Process]]) -> Placement:
@@ -59,7 +59,7 @@ class Session:
             self.generator,
             device=self.device,
             roles=tuple(processes),
-            rewards_on_gpus=self.rewards_on_gpus,
+            rewards_on_gpus=self.reward_models,
         )
         group = reserve(planned, timeout_s=limit_s)
         return Placement(group, planned.in_node_order(nodes_of(group)), process_environment(self.device), limit_s)
@@ -84,9 +84,7 @@ def python_path() -> str:
 
 
 @contextmanager
-def ray_session(
-    cluster: ClusterConfig, generator: GeneratorConfig, *, rewards_on_gpus: bool = True
-) -> Iterator[Session]:
+def ray_session(cluster: ClusterConfig, generator: GeneratorConfig, *, reward_models: bool = True) -> Iterator[Session]:
     """Attach to `cluster.address` or RAY_ADDRESS, else start a cluster of its own; end it on leaving.
 
     On a machine with fewer cores than the run has processes, a cluster of its own counts one core for each all the
@@ -100,7 +98,7 @@ def ray_session(
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     with _started(cluster, generator, device) if address is None else _joined(address):
         has_room = address is None and device == "cpu"
-        yield Session(cluster, generator, device, has_room=has_room, rewards_on_gpus=rewards_on_gpus)
+        yield Session(cluster, generator, device, has_room=has_room, reward_models=reward_models)
 
 
 @contextmanager
@@ -108,6 +106,7 @@ def _started(cluster: ClusterConfig, generator: GeneratorConfig, device: str) ->
     processes = plan(cluster, generator, device=device, roles=("generator", "reward", "learner"))
     # With a process that is killed its own children go, such as vLLM's engine, which else keeps the memory of its GPU.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours have an environment of their own
     with own_token():
         try:
             _init(

@@ -63,7 +63,7 @@ def run(config: Config, run_dir: Path, *, checkpoints: Checkpoints, resume: Chec
                     resume = checkpoints.adopt(resume, adopted_state(run_dir, tracker, resume, handover))
                     where = "auto"
                 saver.went_back_to(resume)
-            with ray_session(config.cluster, config.generator, rewards_on_gpus=config.reward.holds_model) as session:
+            with ray_session(config.cluster, config.generator, reward_models=config.reward.holds_model) as session:
                 recoveries = Recoveries(limit=config.cluster.max_recoveries, note=console.note)
                 run = Run(config, run_dir, session, tracker, console, saver, recoveries, stop)
                 for stage in config.stages if resume is None else config.stages[config.stages.index(resume.stage) :]:

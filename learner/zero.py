@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from actors.importing import uncollected
 from actors.weights import Manifest
 from conf.schema import LearnerConfig, OptimizerConfig
 from learner import lora, sequence_groups
@@ -30,8 +31,9 @@ CPU_ELEMENTS_AT_ONCE = 2**22
 def import_engine(device: str) -> None:
     """Import DeepSpeed and transformers, which takes seconds, so that a rank that is made later starts at once."""
     os.environ["DS_ACCELERATOR"] = device  # read by DeepSpeed when it is imported
-    import deepspeed
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
+    with uncollected():
+        import deepspeed
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification  # noqa: F401
 
     deepspeed.logger.setLevel("WARNING")
 

@@ -36,7 +36,7 @@ from tests.tiny_models import tiny_checkpoint
 
 pytestmark = pytest.mark.ranks
 
-NUM_UPDATES, KL_COEF, MICRO_BATCH_TOKENS = 3, 0.1, 24
+NUM_UPDATES, KL_COEF, MICRO_BATCH_TOKENS = 3, 0.1, 32
 Checkpoints = dict[str, str]
 
 

@@ -41,16 +41,16 @@ class Prepared(Process):
 
     def __init__(self) -> None:
         super().__init__()
-        self.device: str | None = None
+        self.prepared: tuple[str, bool] | None = None
 
-    def prepare(self, device: str) -> None:
-        self.device = device
+    def prepare(self, device: str, *, reward_models: bool) -> None:
+        self.prepared = device, reward_models
 
-    def prepared_for(self) -> str | None:
-        return self.device
+    def prepared_for(self) -> tuple[str, bool] | None:
+        return self.prepared
 
 
-def who(placement: Placement) -> list[tuple[int, str | None]]:
+def who(placement: Placement) -> list[tuple[int, tuple[str, bool] | None]]:
     handles = [placement.start(Prepared, bundle) for bundle in placement.places("learner")]
     return [(ray.get(handle.ping.remote()), ray.get(handle.prepared_for.remote())) for handle in handles]
 
@@ -61,16 +61,16 @@ def reserved_cores() -> float:
 
 def test_a_later_stage_takes_over_what_was_started_ahead() -> None:
     cluster = ClusterConfig(device="cpu", num_learners=2)
-    with ray_session(cluster, GeneratorConfig()) as session:
+    with ray_session(cluster, GeneratorConfig(), reward_models=False) as session:
         with session.placed({"learner": Prepared}) as first:
             now = who(first)
             session.start_ahead({"learner": Prepared})
             session.start_ahead({"learner": Prepared})  # a stage that goes back to its checkpoint asks once more
             assert wait_for(lambda: reserved_cores() == 4, seconds=60), "two stages of two ranks, and no third"
-        assert [device for _, device in now] == [None, None]
+        assert [what for _, what in now] == [None, None]
         with session.placed({"learner": Prepared}) as second:
             later = who(second)
-            assert [device for _, device in later] == ["cpu", "cpu"]
+            assert [what for _, what in later] == [("cpu", False), ("cpu", False)]
             assert {pid for pid, _ in later}.isdisjoint(pid for pid, _ in now)
-            assert [device for _, device in who(second)] == [None, None], "whoever comes after them is new"
+            assert [what for _, what in who(second)] == [None, None], "whoever comes after them is new"
         assert wait_for(lambda: reserved_cores() == 0, seconds=60)

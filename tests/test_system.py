@@ -123,13 +123,14 @@ def test_a_trace_has_a_row_for_each_process_and_what_it_did(finished_run: tuple[
 
 @pytest.fixture(scope="module")
 def ahead_run(finished_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose generators sample ahead of the learner, of which two ranks share the tokens of each rollout."""
+    """A run whose generators sample ahead, whose two ranks share the tokens of each rollout, and an eval stage."""
     run_dir = tmp_path_factory.mktemp("runs") / "ahead"
     export = finished_run[0] / "export"
     settings = (
-        "stages=[ppo]",
+        "stages=[ppo,eval]",
         "model.init_config=null",
         f"model.path={export / 'sft'}",
+        f"model.reference={export / 'sft'}",
         f"reward.sources=[{{type: model, path: '{export / 'reward'}'}}]",
         "algorithm=ppo_async",
         "algorithm.num_steps=4",
@@ -155,15 +156,24 @@ def test_sampling_ahead_trains_on_tokens_of_the_version_before_and_corrects_the_
     assert logged_keys(ahead_run / "metrics.jsonl") <= documented_keys(PROJECT / "docs" / "metrics.md")
 
 
+def test_an_eval_stage_judges_what_was_trained_beside_its_reference(ahead_run: Path) -> None:
+    *_, last, judged = metrics_of(ahead_run)
+    assert (last["stage"], last["step"], judged["stage"]) == ("ppo", 4, "eval")
+    for key in ("eval/score_mean", "eval/kl", "eval/accuracy", "eval/response_length_mean"):
+        assert judged[key] == pytest.approx(last[key], abs=1e-4), key
+    summary = json.loads((ahead_run / "summary.json").read_text())
+    assert summary["eval/kl"] == judged["eval/kl"] > 0
+
+
 @pytest.fixture(scope="module")
 def variant_run(finished_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a critic, with adapters, several sources of scores, filtered groups and an eval stage."""
+    """A run without a critic, with adapters, several sources of scores and filtered groups."""
     run_dir = tmp_path_factory.mktemp("runs") / "variant"
     policy = finished_run[0] / "export" / "sft"
     reward_model = finished_run[0] / "export" / "reward"
     with serving(RewardServer(brevity)) as server:
         settings = (
-            "stages=[ppo,eval]",
+            "stages=[ppo]",
             "model.init_config=null",
             f"model.path={policy}",
             "model.lora.rank=4",
@@ -211,41 +221,18 @@ def test_each_source_is_recorded_and_the_score_is_their_weighted_sum(variant_run
     assert row["rollout/num_dropped"] == 0
 
 
-def test_the_best_policy_is_kept_and_an_eval_stage_judges_the_last(variant_run: Path) -> None:
+def test_the_best_policy_is_kept(variant_run: Path) -> None:
     best = json.loads((variant_run / "export" / "best" / "best.json").read_text())
-    rows = metrics_of(variant_run)
-    scores = {row["step"]: row["eval/score_mean"] for row in rows if row["stage"] == "ppo" and "eval/score_mean" in row}
+    evaluated = [row for row in metrics_of(variant_run) if "eval/score_mean" in row]
+    scores = {row["step"]: row["eval/score_mean"] for row in evaluated}
     assert best["value"] == max(scores.values())
     assert scores[best["step"]] == best["value"]
-    (judged,) = [row for row in rows if row["stage"] == "eval"]
-    assert judged["eval/score_mean"] == pytest.approx(scores[max(scores)], abs=1e-4), "the export is the last policy"
-    assert 0 <= judged["eval/pass_at_1"] <= judged["eval/pass_at_2"] <= 1
+    assert all(0 <= row["eval/pass_at_1"] <= row["eval/pass_at_2"] <= 1 for row in evaluated)
 
 
 def test_the_frontier_is_drawn(variant_run: Path) -> None:
     assert (variant_run / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert len((variant_run / "frontier.csv").read_text().splitlines()) >= 3
-
-
-def test_an_eval_stage_by_itself_judges_a_checkpoint_beside_its_reference(
-    finished_run: tuple[Path, str], tmp_path: Path
-) -> None:
-    first = finished_run[0]
-    settings = (
-        "stages=[eval]",
-        "model.init_config=null",
-        f"model.path={first / 'export' / 'policy'}",
-        f"model.reference={first / 'export' / 'sft'}",
-        f"reward.sources=[{{type: model, path: '{first / 'export' / 'reward'}'}}]",
-    )
-    with launched(tmp_path / "judged", *settings) as run:
-        run.succeed()
-    (judged,) = metrics_of(tmp_path / "judged")
-    (last,) = [row for row in metrics_of(first) if row["stage"] == "ppo" and row["step"] == 3]
-    for key in ("eval/score_mean", "eval/kl", "eval/accuracy", "eval/response_length_mean"):
-        assert judged[key] == pytest.approx(last[key], abs=1e-4), key
-    summary = json.loads((tmp_path / "judged" / "summary.json").read_text())
-    assert summary["eval/kl"] == judged["eval/kl"]
 
 
 def test_the_page_explains_what_a_variant_records(variant_run: Path) -> None:

@@ -20,6 +20,7 @@ ALLOWED = {  # of our own packages
         "learner",
         "conf",
         "actors.four_bits",
+        "actors.importing",
         "actors.rollout",
         "actors.spans",
         "actors.weights",
