@@ -28,7 +28,7 @@ _COMPARED = (  # what it is called, its name in summary.json without _before and
     ("responses cut off", "rollout/truncated_fraction", "{:.1%}"),
 )
 _PATHS = (
-    ("policy and critic", "export"),
+    ("trained weights", "export"),
     ("best policy", "export/best"),
     ("checkpoints", "checkpoints"),
     ("curves", "curves.png"),
@@ -108,7 +108,7 @@ class Console:
         self._print_heading("Results")
         for what, name in _PATHS:
             if (run_dir / name).exists():
-                self.note(f"  {what:<18}{run_dir / name}")
+                self.note(f"  {what:<17}{run_dir / name}")
 
     def _print_heading(self, text: str) -> None:
         self._out.print()

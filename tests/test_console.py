@@ -140,10 +140,10 @@ def test_the_report_shows_before_and_after_answers_and_paths(tmp_path: Path) -> 
     assert lines[at + 3] == "  [bold]x"
     assert lines[at + 4].split() == ["before", "(nothing)"]
     assert lines[at + 5].split() == ["after", r"\x1b[31mred"]
-    assert f"  policy and critic {tmp_path / 'export'}" in lines
-    assert f"  best policy       {tmp_path / 'export' / 'best'}" in lines
-    assert f"  curves            {tmp_path / 'curves.png'}" in lines
-    assert f"  score against KL  {tmp_path / 'frontier.png'}" in lines
+    assert f"  trained weights  {tmp_path / 'export'}" in lines
+    assert f"  best policy      {tmp_path / 'export' / 'best'}" in lines
+    assert f"  curves           {tmp_path / 'curves.png'}" in lines
+    assert f"  score against KL {tmp_path / 'frontier.png'}" in lines
     assert not any("samples.jsonl" in line for line in lines), "there is no such file"
 
 
