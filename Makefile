@@ -28,13 +28,16 @@ format: $(INSTALLED)
 install: $(INSTALLED)
 
 # torch comes first and with its own dependencies, whichever build of this version pip finds; the rest is installed as
-# locked, without resolving again. All is compiled at once, on all cores; some files there are no Python and fail.
+# locked, without resolving again, by two of pip at a time, since one unpacks on one core. All is compiled at once, on
+# all cores; some files there are no Python and fail.
 $(INSTALLED): requirements/cpu.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit(f"Manta needs Python 3.11 to 3.13, and $(PYTHON) is {v[0]}.{v[1]}; name another with make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): about 4 GB, a few minutes the first time."
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements/cpu.txt "$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements/cpu.txt)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --requirement requirements/cpu.txt
+	split --number=r/2 requirements/cpu.txt $(VENV)/locked.
+	printf '%s\n' $(VENV)/locked.aa $(VENV)/locked.ab | xargs --max-procs=2 --max-args=1 \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --requirement
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	touch $@
 

@@ -17,21 +17,20 @@ from tests.tiny_models import tiny_checkpoint
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
-TWO_OF_EACH = (
+SETTINGS = (
     "stages=[ppo]",
     "model.init_config=null",
     "data.max_prompt_tokens=128",
     "reward.sources=[{type: function, function: examples.functions:brevity}]",
     "learner.critic_init=policy",
-    "cluster.num_generators=2",
-    "cluster.num_learners=2",
     "algorithm.num_steps=4",
 )
 
 
 def test_taking_turns_changes_nothing_of_what_is_learnt_even_if_a_generator_is_killed(tmp_path: Path) -> None:
-    settings = (*TWO_OF_EACH, f"model.path={tiny_checkpoint(tmp_path / 'policy')}")
-    with launched(tmp_path / "shared", *settings, "cluster.placement=colocated") as run:
+    settings = (*SETTINGS, f"model.path={tiny_checkpoint(tmp_path / 'policy')}")
+    colocated = ("cluster.placement=colocated", "cluster.num_generators=2", "cluster.num_learners=2")
+    with launched(tmp_path / "shared", *settings, *colocated) as run:
         run.await_step("ppo", 1)
         os.kill(run.pids("ray::GeneratorProcess")[0], signal.SIGKILL)
         run.succeed()

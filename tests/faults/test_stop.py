@@ -28,7 +28,7 @@ def ppo_alone(undisturbed: Path) -> tuple[str, ...]:
 def test_sigterm_and_ctrl_c_save_first_and_a_second_ctrl_c_leaves_at_once(
     ppo_alone: tuple[str, ...], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The run is taken up with twice as many processes, so that its steps are the same up to the order of sums."""
+    """The run is taken up with twice as many ranks, so that its steps are the same up to the order of sums."""
     run_dir = tmp_path / "run"
     with launched(run_dir, *ppo_alone) as run:
         run.await_step("ppo", 2)
@@ -43,7 +43,7 @@ def test_sigterm_and_ctrl_c_save_first_and_a_second_ctrl_c_leaves_at_once(
     last = before[-1]["step"]
     assert (run_dir / "checkpoints" / f"ppo-{last:06d}").is_dir(), "of the last step that is recorded"
 
-    more = ("cluster.num_learners=2", "cluster.num_generators=2", "resume=auto")
+    more = ("cluster.num_learners=2", "resume=auto")
     with launched(run_dir, *ppo_alone, *more) as again:
         again.await_step("ppo", last + 1)
         os.kill(again.pids("ray::GeneratorProcess")[0], signal.SIGSTOP)  # the step at hand will not be done
