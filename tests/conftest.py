@@ -14,6 +14,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     TORCHDYNAMO_DISABLE="1",  # as in every process of a run on a CPU: importing DeepSpeed and vLLM takes seconds less
     WANDB_MODE="offline",
+    RAY_prestart_worker_first_driver="0",  # as in a run's own cluster: ours have an environment of their own
 )
 
 import pytest

@@ -41,7 +41,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """Yield a head node; it is a child of this process, and is ended with the tests."""
+    """Yield a head node; it is a child of this process, and is killed with the tests."""
     port, gcs = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: a path of a socket has a limit
         log = (tmp_path_factory.mktemp("head") / "log").open("w")
@@ -55,7 +55,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             assert wait_for(lambda: job(address, "list").returncode == 0, seconds=120), Path(log.name).read_text()
             yield Head(address, f"127.0.0.1:{gcs}")
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started; asked to, it takes half a minute
             process.wait(60)
 
 
