@@ -99,11 +99,9 @@ def _answer(text: str) -> None:
 def _run(config: Config) -> int:
     """Checks `config`, takes the run's folder for this process alone, and runs the stages from where it stood."""
     check(config)
-    from actors.importing import uncollected
     from actors.preflight import preflight
 
-    with uncollected():  # it imports transformers
-        preflight(config)
+    preflight(config)
     run_dir = make_run_dir(config).resolve()
     with run_lock(run_dir):
         checkpoints = Checkpoints(run_dir / CHECKPOINTS, keep=config.checkpoint.keep, identity=identity_of(config))

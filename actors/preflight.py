@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from actors.importing import uncollected
 from actors.mixing import held_out_prompts, prompt_source
 from actors.rows import read_rows
 from actors.supervised_rows import check_columns, ptx_rows
@@ -23,6 +24,9 @@ COLUMNS = {"sft": ("answer",), "reward_training": ("chosen", "rejected")}
 
 def preflight(config: Config) -> None:
     """Raises ConfigError for the first function, checkpoint, tokenizer or row that cannot be used."""
+    with uncollected():
+        from transformers import AutoConfig, AutoTokenizer  # noqa: F401
+
     named = [(f"reward.sources[{i}].function", source.function) for i, source in enumerate(config.reward.sources)]
     for key, spec in (*named, ("evaluation.verifier", config.evaluation.verifier)):
         if spec is not None:

@@ -106,7 +106,9 @@ def _started(cluster: ClusterConfig, generator: GeneratorConfig, device: str) ->
     processes = plan(cluster, generator, device=device, roles=("generator", "reward", "learner"))
     # With a process that is killed its own children go, such as vLLM's engine, which else keeps the memory of its GPU.
     os.environ.setdefault("RAY_process_group_cleanup_enabled", "1")
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours have an environment of their own
+    os.environ.setdefault(
+        "RAY_prestart_worker_first_driver", "0"
+    )  # who stand in places have an environment of their own
     with own_token():
         try:
             _init(

@@ -128,10 +128,10 @@ def rank_memory(
     offloaded: dict[str, int] = {}
     if learner.offload_parameters != "none":
         offloaded |= {"parameters": states.pop("parameters")}
-    # Each network's stay after its passes, as far as DeepSpeed expects to need them again; those of one rank that are
-    # not offloaded all of them, beside the flat tensor that is this rank's shard.
+    # Each network's stay after its passes, as far as DeepSpeed expects to need them again, or all of them if it is told
+    # to keep tensors as large as these: beside the flat tensor that is this rank's shard.
     live = _setting(zero, "stage3_max_live_parameters") + network.largest_group
-    if num_ranks == 1 and learner.offload_parameters == "none":
+    if zero.get("stage3_param_persistence_threshold", 0) >= network.parameters:
         live = network.parameters
     states["gathered parameters"] = width * min(network.parameters, live)
     passing: dict[str, int] = {}

@@ -44,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @cache
 def freeze_modules() -> None:
-    """Keep the garbage collector away from what importing vLLM has made, which is never let go, and from nothing else.
+    """Keep the garbage collector away from what importing vLLM has made, which is never let go, and from no engine.
 
     Shutting down an engine collects garbage seven times, which takes 0.3 s each with these modules in it. vLLM freezes
     all that there is as an engine starts, and takes it back before it collects.

@@ -2,7 +2,6 @@
 four of which each two share the tokens of their rollouts, in four.
 
 The variants take their updates one after another in the same processes, since starting those takes long.
-Two and a half minutes.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Head:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     """Yield a head node; it is a child of this process, and is killed with the tests."""
     port, gcs = free_port(), free_port()
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: a path of a socket has a limit
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # short, as for sockets
         log = (tmp_path_factory.mktemp("head") / "log").open("w")
         process = subprocess.Popen(
             [RAY, "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}", f"--temp-dir={folder}",
@@ -55,7 +55,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             assert wait_for(lambda: job(address, "list").returncode == 0, seconds=120), Path(log.name).read_text()
             yield Head(address, f"127.0.0.1:{gcs}")
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # with all that it has started; asked to, it takes half a minute
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started ends with it; asked to, it takes half a minute
             process.wait(60)
 
 

@@ -123,14 +123,13 @@ def test_a_trace_has_a_row_for_each_process_and_what_it_did(finished_run: tuple[
 
 @pytest.fixture(scope="module")
 def ahead_run(finished_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose generators sample ahead, whose two ranks share the tokens of each rollout, and an eval stage."""
+    """A run whose generators sample ahead of the learner, of which two ranks share the tokens of each rollout."""
     run_dir = tmp_path_factory.mktemp("runs") / "ahead"
     export = finished_run[0] / "export"
     settings = (
-        "stages=[ppo,eval]",
+        "stages=[ppo]",
         "model.init_config=null",
         f"model.path={export / 'sft'}",
-        f"model.reference={export / 'sft'}",
         f"reward.sources=[{{type: model, path: '{export / 'reward'}'}}]",
         "algorithm=ppo_async",
         "algorithm.num_steps=3",
@@ -154,15 +153,6 @@ def test_sampling_ahead_trains_on_tokens_of_the_version_before_and_corrects_the_
         assert row["rollout/staleness_0"] + row["rollout/staleness_1"] == pytest.approx(1)
         assert row["rollout/num_rollouts"] == 16
     assert logged_keys(ahead_run / "metrics.jsonl") <= documented_keys(PROJECT / "docs" / "metrics.md")
-
-
-def test_an_eval_stage_judges_what_was_trained_beside_its_reference(ahead_run: Path) -> None:
-    *_, last, judged = metrics_of(ahead_run)
-    assert (last["stage"], last["step"], judged["stage"]) == ("ppo", 3, "eval")
-    for key in ("eval/score_mean", "eval/kl", "eval/accuracy", "eval/response_length_mean"):
-        assert judged[key] == pytest.approx(last[key], abs=1e-4), key
-    summary = json.loads((ahead_run / "summary.json").read_text())
-    assert summary["eval/kl"] == judged["eval/kl"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +223,27 @@ def test_the_best_policy_is_kept(variant_run: Path) -> None:
 def test_the_frontier_is_drawn(variant_run: Path) -> None:
     assert (variant_run / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert len((variant_run / "frontier.csv").read_text().splitlines()) >= 3
+
+
+def test_an_eval_stage_by_itself_judges_a_checkpoint_beside_its_reference(
+    finished_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    first = finished_run[0]
+    settings = (
+        "stages=[eval]",
+        "model.init_config=null",
+        f"model.path={first / 'export' / 'policy'}",
+        f"model.reference={first / 'export' / 'sft'}",
+        f"reward.sources=[{{type: model, path: '{first / 'export' / 'reward'}'}}]",
+    )
+    with launched(tmp_path / "judged", *settings) as run:
+        run.succeed()
+    (judged,) = metrics_of(tmp_path / "judged")
+    (last,) = [row for row in metrics_of(first) if row["stage"] == "ppo" and row["step"] == 3]
+    for key in ("eval/score_mean", "eval/kl", "eval/accuracy", "eval/response_length_mean"):
+        assert judged[key] == pytest.approx(last[key], abs=1e-4), key
+    summary = json.loads((tmp_path / "judged" / "summary.json").read_text())
+    assert summary["eval/kl"] == judged["eval/kl"] > 0
 
 
 def test_the_page_explains_what_a_variant_records(variant_run: Path) -> None:

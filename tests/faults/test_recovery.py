@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(2400)]
 SAMPLE, RECEIVE, REWARD = "GeneratorProcess.sample", "GeneratorProcess.receive_weights", "RewardProcess"
 FAULTS = [  # what is done to whom, in which call; and the kinds that are counted for it
     ({SAMPLE: signal.SIGKILL, REWARD: signal.SIGSTOP}, ["generator", "reward"]),
-    ({"RankProcess.update": signal.SIGKILL}, ["learner"]),
+    ({REWARD: signal.SIGKILL, "RankProcess.update": signal.SIGKILL}, ["reward", "learner"]),
     ({RECEIVE: signal.SIGKILL}, ["sync"]),
-    ({"RankProcess.send_weights": signal.SIGSTOP}, ["learner"]),
+    ({SAMPLE: signal.SIGSTOP, "RankProcess.send_weights": signal.SIGSTOP}, ["generator", "learner"]),
 ]
 
 
